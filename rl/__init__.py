@@ -1,0 +1,1 @@
+"""What is learned and how well: data, SFT, GRPO, Ray launch, ReasonKnee-Bench."""

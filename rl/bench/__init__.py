@@ -1,0 +1,1 @@
+"""ReasonKnee-Bench: metrics, baselines, comparison, report."""
