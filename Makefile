@@ -1,0 +1,44 @@
+# Each target makes .venv and installs what it needs on first use; see CONTRIBUTING.md for the test tiers.
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PYTHON ?=
+ARGS ?=
+
+.PHONY: help install lint format test test-all evidence demo clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+install: $(INSTALLED)  ## make .venv (PYTHON=/path/to/python to choose one)
+
+$(INSTALLED): pyproject.toml .ci/install
+	@.ci/install $(VENV) $(PYTHON)
+	@touch $@
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## let ruff fix and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint  ## lint and the fast tests
+	$(BIN)/python -m pytest -q -m "not slow and not evidence" $(ARGS)
+
+test-all: $(INSTALLED)  ## the slow tests too: vLLM, Ray, notebooks, a smoke of the demo
+	$(BIN)/python -m pytest -v -m "slow and not evidence" --durations=15 $(ARGS)
+
+evidence: $(INSTALLED)  ## hours: three seeds, long fuzz, benchmarks
+	$(BIN)/python -m pytest -v -m evidence $(ARGS)
+	$(BIN)/python benchmarks/evidence.py $(ARGS)
+
+demo: $(INSTALLED)  ## the whole path on phantoms: SFT, GRPO, benchmark, report
+	$(BIN)/reasonknee demo --config configs/demo.yaml $(ARGS)
+
+clean:  ## remove .venv and tool caches; runs/ stays
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
