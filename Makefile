@@ -29,8 +29,8 @@ format: $(INSTALLED)  ## let ruff fix and format
 test: lint  ## lint and the fast tests
 	$(BIN)/python -m pytest -q -m "not slow and not evidence" $(ARGS)
 
-test-all: $(INSTALLED)  ## the slow tests too: vLLM, Ray, notebooks, a smoke of the demo
-	$(BIN)/python -m pytest -v -m "slow and not evidence" --durations=15 $(ARGS)
+test-all: $(INSTALLED)  ## all tests short of hours: also vLLM, Ray, notebooks, a smoke of the demo
+	$(BIN)/python -m pytest -v -m "not evidence" --durations=15 $(ARGS)
 
 evidence: $(INSTALLED)  ## hours: three seeds, long fuzz, benchmarks
 	$(BIN)/python -m pytest -v -m evidence $(ARGS)
