@@ -358,7 +358,10 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{origin}: {error}") from error
-    config = OmegaConf.to_object(merged)
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # a field without a default was not given, or an interpolation fails
+        raise ConfigError(f"{path or 'configuration'}: {error}") from error
     assert isinstance(config, Config)
     return config
 

@@ -1,0 +1,341 @@
+"""Cross-field rules of a configuration, checked before anything is loaded: legal choices, sizes that fit.
+
+`load_config` refuses unknown keys and wrong types; `validate` refuses what no single field can know. All
+problems are reported at once, each with the field, its value and the remedy.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rl.config import Config, ConfigError
+
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "data.box_source": ("text", "mask"),
+    "data.box_convention.end": ("inclusive", "exclusive"),
+    "model.device": ("auto", "cpu", "cuda"),
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.reasoning": ("required", "none"),
+    "embed.dtype": ("auto", "float32", "bfloat16"),
+    "engine.kind": ("vllm", "hf"),
+    "rewards.reader": ("strict", "tolerant"),
+    "grpo.loss_type": ("grpo", "dr_grpo", "dapo", "bnpo"),
+    "grpo.scale_rewards": ("group", "batch", "none"),
+    "grpo.importance_correction": ("auto", "none", "token_truncate"),
+    "eval.split": ("test", "val"),
+    "ray.placement": ("separate", "colocate"),
+}
+"""Fields that take one of a few words."""
+
+POSITIVE: Mapping[str, tuple[str, ...]] = {
+    "view": ("slice_stride", "seconds_per_mm"),
+    "model.lora": ("r", "alpha"),
+    "engine": ("max_model_len", "max_num_seqs", "kv_cache_gib", "start_timeout_s", "generate_timeout_s"),
+    "sft": (
+        "learning_rate",
+        "max_epochs",
+        "patience",
+        "volumes_per_step",
+        "questions_per_volume",
+        "max_grad_norm",
+    ),
+    "grpo": (
+        *(
+            "max_steps",
+            "volumes_per_step",
+            "questions_per_volume",
+            "num_iterations",
+            "save_steps",
+            "probe_steps",
+        ),
+        *(
+            "learning_rate",
+            "max_grad_norm",
+            "temperature",
+            "max_completion_length",
+            "max_tokens_per_microbatch",
+        ),
+        *("probe_tolerance", "probe_tolerance_bf16", "importance_cap"),
+    ),
+    "eval": ("max_completion_length",),
+    "compare": ("bootstrap_draws",),
+    "ray": ("num_workers", "cpus_per_worker", "num_engines", "cpus_per_engine", "placement_timeout_s"),
+    "phantom": ("train_patients", "val_patients", "test_patients", "max_visits"),
+    "base": ("patients", "vision_steps", "language_steps", "learning_rate"),
+}
+"""Section -> fields that must be greater than 0."""
+
+NOT_NEGATIVE: Mapping[str, tuple[str, ...]] = {
+    "sft": ("weight_decay", "warmup_ratio", "max_seconds"),
+    "grpo": ("beta", "epsilon", "epsilon_high", "warmup_steps", "weight_decay", "eval_steps"),
+    "eval": ("temperature", "max_examples"),
+    "ray": ("gpus_per_worker", "gpus_per_engine"),
+}
+"""Section -> fields that may be 0."""
+
+PROMPT_TEXT_TOKENS = 384
+"""Allowance for the text of a prompt (system turn, question, answer template) under Qwen's tokenizer."""
+
+QUESTION_IDS = range(1, 70)
+
+
+@dataclass(frozen=True, slots=True)
+class VisionGeometry:
+    """What the vision tower makes of pixels."""
+
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int
+    hidden_size: int
+    """Width of a visual token as the language model receives it."""
+    tokens_per_second: float
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Edge of the square of pixels behind one visual token."""
+        return self.patch_size * self.merge_size
+
+
+QWEN2_5_VL = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": VisionGeometry(14, 2, 2, 2048, 2.0),
+    "Qwen/Qwen2.5-VL-7B-Instruct": VisionGeometry(14, 2, 2, 3584, 2.0),
+}
+"""Known here so that a recipe can be checked before its weights are downloaded."""
+
+
+def vision_geometry(model_path: str) -> VisionGeometry | None:
+    """Geometry of the model a config names; None for a Hugging Face id that is not known here.
+
+    Raises:
+        ConfigError: a local folder whose `config.json` is no Qwen2.5-VL configuration.
+    """
+    if model_path in QWEN2_5_VL:
+        return QWEN2_5_VL[model_path]
+    if model_path == "builtin:base":
+        text = (files("rl") / "assets" / "base" / "config.json").read_text(encoding="utf-8")
+        return _geometry_of(json.loads(text), model_path)
+    config_file = Path(model_path) / "config.json"
+    if config_file.is_file():
+        return _geometry_of(json.loads(config_file.read_text(encoding="utf-8")), str(config_file))
+    return None
+
+
+def visual_grid(config: Config, geometry: VisionGeometry, slices: int | None = None) -> tuple[int, int, int]:
+    """Visual tokens along (slices, rows, columns) that one volume becomes.
+
+    Args:
+        slices: slices of the volume's file; by default those of `view.crop`, else of `phantom.shape`.
+    """
+    view = config.view
+    if view.crop:
+        slices = view.crop[1] - view.crop[0]
+    elif slices is None:
+        slices = config.phantom.shape[2]
+    frames = math.ceil(math.ceil(slices / view.slice_stride) / geometry.temporal_patch_size)
+    return frames, view.height // geometry.pixels_per_token, view.width // geometry.pixels_per_token
+
+
+def cache_bytes(config: Config, geometry: VisionGeometry, volumes: int, bytes_per_number: int = 2) -> int:
+    """Size of the embedding cache: tokens x hidden size x bytes x volumes."""
+    return math.prod(visual_grid(config, geometry)) * geometry.hidden_size * bytes_per_number * volumes
+
+
+def validate(config: Config) -> None:
+    """Check every cross-field rule.
+
+    Raises:
+        ConfigError: names every field at fault, its value and what would be legal.
+    """
+    problems = [
+        *_choices(config),
+        *_signs(config),
+        *_data(config),
+        *_view(config),
+        *_model(config),
+        *_rewards(config),
+        *_grpo(config),
+        *_ray(config),
+        *_compare_and_phantom(config),
+    ]
+    if not problems:  # the grid is only meaningful once its parts are
+        problems += [*_geometry(config)]
+    if problems:
+        raise ConfigError(
+            "the configuration cannot be used:\n" + "\n".join(f"  - {problem}" for problem in problems)
+        )
+
+
+def _choices(config: Config) -> Iterator[str]:
+    for field, allowed in CHOICES.items():
+        value = _value(config, field)
+        if value not in allowed:
+            yield f"{field} is {value!r}: use {', '.join(allowed[:-1])} or {allowed[-1]}"
+
+
+def _signs(config: Config) -> Iterator[str]:
+    for table, is_legal, rule in (
+        (POSITIVE, lambda value: value > 0, "must be greater than 0"),
+        (NOT_NEGATIVE, lambda value: value >= 0, "must not be negative"),
+    ):
+        for section, names in table.items():
+            for name in names:
+                value = _value(config, f"{section}.{name}")
+                if not is_legal(value):
+                    yield f"{section}.{name} is {value}: it {rule}"
+
+
+def _data(config: Config) -> Iterator[str]:
+    ids = config.data.question_ids
+    unknown = [i for i in ids if i not in QUESTION_IDS]
+    if unknown:
+        yield f"data.question_ids has {unknown}: questions are numbered 1 to 69"
+    if len(set(ids)) != len(ids):
+        yield f"data.question_ids names a question twice: {sorted({i for i in ids if ids.count(i) > 1})}"
+    axes = [part.partition("=") for part in config.data.box_convention.axes.split(",")]
+    if [name for name, _, _ in axes] != ["slice", "x", "y"] or sorted(axis for _, _, axis in axes) != [
+        "0",
+        "1",
+        "2",
+    ]:
+        yield (
+            f"data.box_convention.axes is {config.data.box_convention.axes!r}: "
+            "give each of slice, x and y one file axis, as in 'slice=2,x=0,y=1'"
+        )
+    flips = [part for part in config.data.box_convention.flip.split(",") if part]
+    if not set(flips) <= {"slice", "x", "y"}:
+        yield f"data.box_convention.flip is {config.data.box_convention.flip!r}: name axes of slice, x, y"
+
+
+def _view(config: Config) -> Iterator[str]:
+    view = config.view
+    if view.crop:
+        if len(view.crop) != 6:
+            yield f"view.crop has {len(view.crop)} numbers: give six, or none for the whole volume"
+        else:
+            for axis, low, high in zip(("slice", "x", "y"), view.crop[::2], view.crop[1::2], strict=True):
+                if not 0 <= low < high:
+                    yield f"view.crop is empty or negative along {axis}: [{low}, {high}) (half-open voxels)"
+    if not 0 <= view.window_low < view.window_high <= 100:
+        yield (
+            f"view.window_low and view.window_high are {view.window_low} and {view.window_high}: "
+            "give percentiles with 0 <= low < high <= 100"
+        )
+
+
+def _model(config: Config) -> Iterator[str]:
+    if not 0 <= config.model.lora.dropout < 1:
+        yield f"model.lora.dropout is {config.model.lora.dropout}: it must be in [0, 1)"
+    if not config.model.lora.target_modules:
+        yield "model.lora.target_modules is empty: nothing would be trained"
+    if not 0 < config.engine.gpu_memory_utilization <= 1:
+        yield f"engine.gpu_memory_utilization is {config.engine.gpu_memory_utilization}: it must be in (0, 1]"
+
+
+def _rewards(config: Config) -> Iterator[str]:
+    components = config.rewards.components
+    names = [component.name.rpartition(":")[2] for component in components]
+    if not any(component.weight > 0 for component in components):
+        yield "rewards.components has no positive weight: there is nothing to learn"
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"rewards.components has {name!r} twice: give the functions different names"
+    for component, name in zip(components, names, strict=True):
+        if component.weight == 0:
+            yield f"rewards.components: {name!r} has weight 0: remove it, or give it a weight"
+        if component.gate and component.gate not in names:
+            yield f"rewards.components: {name!r} has gate {component.gate!r}, none of {', '.join(names)}"
+        elif component.gate == name:
+            yield f"rewards.components: {name!r} is its own gate"
+
+
+def _grpo(config: Config) -> Iterator[str]:
+    grpo = config.grpo
+    if grpo.num_generations < 2:
+        yield f"grpo.num_generations is {grpo.num_generations}: a group needs at least 2 to compare"
+    if grpo.epsilon >= 1:
+        yield f"grpo.epsilon is {grpo.epsilon}: it must be below 1"
+    if grpo.epsilon_high < grpo.epsilon:
+        yield f"grpo.epsilon_high is {grpo.epsilon_high}: it must not be below grpo.epsilon ({grpo.epsilon})"
+    if not 0 < grpo.top_p <= 1:
+        yield f"grpo.top_p is {grpo.top_p}: it must be in (0, 1]"
+    if grpo.warmup_steps >= grpo.max_steps:
+        yield f"grpo.warmup_steps is {grpo.warmup_steps}: it must be below grpo.max_steps ({grpo.max_steps})"
+    if grpo.eval_steps and grpo.eval_examples < 1:
+        yield f"grpo.eval_examples is {grpo.eval_examples}: with grpo.eval_steps set it must be at least 1"
+
+
+def _ray(config: Config) -> Iterator[str]:
+    ray = config.ray
+    if config.engine.sleep and ray.placement != "colocate":
+        yield "engine.sleep is true with ray.placement 'separate': it needs 'colocate' (one GPU for both)"
+    if config.engine.sleep and config.model.device == "cpu":
+        yield "engine.sleep is true with model.device 'cpu': sleep frees GPU memory only"
+    if ray.placement == "colocate" and ray.num_engines != ray.num_workers:
+        yield (
+            f"ray.num_engines is {ray.num_engines} and ray.num_workers {ray.num_workers}: "
+            "with placement 'colocate' each worker shares its GPU with one engine"
+        )
+    if config.model.device == "cpu" and (ray.gpus_per_worker or ray.gpus_per_engine):
+        yield "model.device is 'cpu' but ray.gpus_per_worker or ray.gpus_per_engine is not 0"
+
+
+def _compare_and_phantom(config: Config) -> Iterator[str]:
+    if not 0 < config.compare.confidence < 1:
+        yield f"compare.confidence is {config.compare.confidence}: it must be between 0 and 1"
+    for field, numbers in (("shape", config.phantom.shape), ("fov_mm", config.phantom.fov_mm)):
+        if len(numbers) != 3 or not all(number > 0 for number in numbers):
+            yield f"phantom.{field} is {numbers}: give three positive numbers (in-plane, in-plane, slices)"
+
+
+def _geometry(config: Config) -> Iterator[str]:
+    geometry = vision_geometry(config.model.path)
+    if geometry is None:
+        return
+    edge = geometry.pixels_per_token
+    for field, pixels in (("height", config.view.height), ("width", config.view.width)):
+        if pixels <= 0 or pixels % edge:
+            near = max(edge, round(pixels / edge) * edge)
+            yield (
+                f"view.{field} is {pixels}: {config.model.path} needs a multiple of {edge} "
+                f"(patch {geometry.patch_size} x merge {geometry.merge_size}), for example {near}"
+            )
+    grid = visual_grid(config, geometry)
+    visual = math.prod(grid)
+    completion = max(config.grpo.max_completion_length, config.eval.max_completion_length)
+    needed = visual + PROMPT_TEXT_TOKENS + completion
+    if config.engine.max_model_len < needed:
+        yield (
+            f"engine.max_model_len is {config.engine.max_model_len}: it must be at least {needed} = "
+            f"{visual} visual tokens ({' x '.join(map(str, grid))}) + {PROMPT_TEXT_TOKENS} for the prompt's text "
+            f"+ {completion} for the completion; raise it, or show less of the volume (view.slice_stride, "
+            "view.height, view.width)"
+        )
+
+
+def _geometry_of(model_config: dict[str, Any], origin: str) -> VisionGeometry:
+    vision = model_config.get("vision_config", {})
+    missing = {"patch_size", "spatial_merge_size", "temporal_patch_size", "out_hidden_size"} - set(vision)
+    if missing:
+        raise ConfigError(
+            f"model.path: {origin} is no Qwen2.5-VL configuration: "
+            f"vision_config lacks {', '.join(sorted(missing))}"
+        )
+    return VisionGeometry(
+        patch_size=vision["patch_size"],
+        merge_size=vision["spatial_merge_size"],
+        temporal_patch_size=vision["temporal_patch_size"],
+        hidden_size=vision["out_hidden_size"],
+        tokens_per_second=vision.get("tokens_per_second", 2.0),
+    )
+
+
+def _value(config: Config, dotted: str) -> Any:
+    node: Any = config
+    for name in dotted.split("."):
+        node = getattr(node, name)
+    return node
