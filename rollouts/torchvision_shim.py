@@ -1,13 +1,13 @@
 """Lets transformers and vLLM be imported where torchvision and torchaudio were built for another torch.
 
-PyPI's Linux wheels of torchvision and torchaudio are linked against CUDA. Beside a CPU torch their compiled parts
-cannot load. torchvision then leaves its operators undeclared and fails (`operator torchvision::nms does not
-exist`); torchaudio fails with an OSError. transformers imports both wherever they are installed, so Qwen2.5-VL and
-vLLM go down with them. Nothing here calls those operators or reads audio: declaring the operators and hiding
-torchaudio is enough. Matching builds are left alone.
+PyPI's Linux wheels of torchvision and torchaudio are linked against CUDA. Beside a CPU torch their compiled
+parts cannot load. torchvision then leaves its operators undeclared and fails (`operator torchvision::nms does
+not exist`); torchaudio fails with an OSError. transformers imports both wherever they are installed, so
+Qwen2.5-VL and vLLM go down with them. Nothing here calls those operators or reads audio: declaring the
+operators and hiding torchaudio is enough. Matching builds are left alone.
 
-vLLM also inspects models in a subprocess of its own, which loads plugins first: pyproject.toml names `install` as
-one of them.
+vLLM also inspects models in a subprocess of its own, which loads plugins first: pyproject.toml names `install`
+as one of them.
 """
 
 from __future__ import annotations
@@ -51,24 +51,25 @@ def _declare_if_extension_fails(package: Path) -> Any:
     return library
 
 
-def _hide_torchaudio_built_for_cuda() -> None:
-    """Hide torchaudio when its extension is linked against CUDA libraries that this torch lacks.
+def _hide_if_built_for_cuda(package: str, extension_glob: str) -> None:
+    """Hide a package when its extension is linked against CUDA libraries that this torch lacks.
 
     Decided from the files, not by loading them: loading needs torch, which would make `import rollouts` slow.
     """
-    torch_spec, audio_spec = (PathFinder.find_spec(name) for name in ("torch", "torchaudio"))
-    if torch_spec is None or torch_spec.origin is None or audio_spec is None or audio_spec.origin is None:
+    torch_spec, spec = PathFinder.find_spec("torch"), PathFinder.find_spec(package)
+    if torch_spec is None or torch_spec.origin is None or spec is None or spec.origin is None:
         return
     if (Path(torch_spec.origin).parent / "lib" / "libc10_cuda.so").exists():
         return
-    extensions = (Path(audio_spec.origin).parent / "lib").glob("_torchaudio*.so")
+    extensions = Path(spec.origin).parent.glob(extension_glob)
     if any(b"libc10_cuda.so" in extension.read_bytes() for extension in extensions):
         # Python's own way to say "not installed": find_spec gives None and import raises ImportError.
-        sys.modules.setdefault("torchaudio", None)  # type: ignore[arg-type]
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]
 
 
 def install() -> None:
     """Idempotent: one finder per process, ahead of the ordinary ones."""
     if not any(isinstance(finder, _DeclareOperatorsFirst) for finder in sys.meta_path):
         sys.meta_path.insert(0, _DeclareOperatorsFirst())
-        _hide_torchaudio_built_for_cuda()
+        _hide_if_built_for_cuda("torchaudio", "lib/_torchaudio*.so")
+        _hide_if_built_for_cuda("torchcodec", "libtorchcodec_image.so")
