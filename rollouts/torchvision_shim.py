@@ -1,10 +1,11 @@
-"""Lets transformers and vLLM be imported where torchvision and torchaudio were built for another torch.
+"""Lets transformers and vLLM be imported where torchvision and its kin were built for another torch.
 
-PyPI's Linux wheels of torchvision and torchaudio are linked against CUDA. Beside a CPU torch their compiled
-parts cannot load. torchvision then leaves its operators undeclared and fails (`operator torchvision::nms does
-not exist`); torchaudio fails with an OSError. transformers imports both wherever they are installed, so
-Qwen2.5-VL and vLLM go down with them. Nothing here calls those operators or reads audio: declaring the
-operators and hiding torchaudio is enough. Matching builds are left alone.
+PyPI's Linux wheels of torchvision, torchaudio and torchcodec are linked against CUDA. Beside a CPU torch their
+compiled parts cannot load. torchvision then leaves its operators undeclared and fails (`operator
+torchvision::nms does not exist`); the other two fail with an OSError where their importers expect an
+ImportError. transformers and vLLM import them wherever they are installed, so Qwen2.5-VL goes down with them.
+Nothing here calls those operators, reads audio or decodes films: declaring the operators and hiding the other two
+is enough. Matching builds are left alone.
 
 vLLM also inspects models in a subprocess of its own, which loads plugins first: pyproject.toml names `install`
 as one of them.
