@@ -1,0 +1,172 @@
+"""The packed forward must be the one-by-one computation, only cheaper."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
+
+from rl.base.model import build_model, build_tokenizer
+from rl.packed import Node, PackedPolicy, pack
+from rollouts.positions import mrope_positions
+
+GRID = (2, 4, 4)  # 2 x 2 x 2 visual tokens after merging
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def policy() -> PackedPolicy:
+    """A small Qwen2.5-VL with a LoRA adapter whose B is not zero, in float64."""
+    model = build_model(build_tokenizer([]), seed=0)
+    lora = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, exclude_modules=".*visual.*"))
+    torch.manual_seed(1)
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    for module in lora.modules():
+        if isinstance(module, Qwen2_5_VLRMSNorm):
+            module.forward = functools.partial(norm_in_its_own_precision, module)
+    return PackedPolicy(lora.double())
+
+
+def norm_in_its_own_precision(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """transformers computes RMSNorm in float32 whatever the input, which would hide errors below 1e-7."""
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+def volume_node(policy: PackedPolicy, seed: int) -> Node:
+    config = policy.causal_lm.config
+    generator = torch.Generator().manual_seed(seed)
+    ids = [300, 301, config.vision_start_token_id, *[config.video_token_id] * 8, config.vision_end_token_id]
+    positions = mrope_positions(
+        ids, GRID, 1.5, video_token_id=config.video_token_id, merge_size=2, tokens_per_second=2
+    )
+    features = torch.randn(8, config.text_config.hidden_size, generator=generator, dtype=torch.float64)
+    return Node(ids, positions, features)
+
+
+def random_forest(policy: PackedPolicy, shape: list[list[list[int]]]) -> list[Node]:
+    """`shape[v][q]` lists the completion lengths of question q about volume v."""
+    roots, token = [], 310
+    for v, questions in enumerate(shape):
+        root = volume_node(policy, seed=v)
+        for q, lengths in enumerate(questions):
+            question = Node([token + i for i in range(2 + q)])
+            token += 7
+            for length in lengths:
+                question.children.append(Node([token + i for i in range(length)], scored=True))
+                token += 3
+            root.children.append(question)
+        roots.append(root)
+    return roots
+
+
+def paths(node: Node, before: tuple[Node, ...] = ()) -> Iterator[tuple[Node, ...]]:
+    if node.scored:
+        yield (*before, node)
+    for child in node.children:
+        yield from paths(child, (*before, node))
+
+
+def alone(policy: PackedPolicy, path: tuple[Node, ...], temperature: float = 1.0) -> torch.Tensor:
+    """Log-probabilities of one completion as a plain causal row, through transformers' own SDPA path."""
+    config = policy.causal_lm.config
+    ids = [t for node in path for t in node.token_ids]
+    root = path[0]
+    positions = mrope_positions(
+        ids, GRID, 1.5, video_token_id=config.video_token_id, merge_size=2, tokens_per_second=2
+    )
+    model = policy.language_model
+    embeds = model.embed_tokens(torch.tensor(ids))
+    visual = (torch.tensor(ids) == config.video_token_id).nonzero().flatten()
+    assert root.features_V_H is not None
+    embeds = embeds.index_copy(0, visual, root.features_V_H)
+    packed, model.config._attn_implementation = model.config._attn_implementation, "sdpa"
+    try:
+        hidden = model(inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False)
+    finally:
+        model.config._attn_implementation = packed
+    logps = F.log_softmax(policy.causal_lm.lm_head(hidden.last_hidden_state[0]) / temperature, dim=-1)
+    n = len(path[-1].token_ids)
+    return logps[len(ids) - n - 1 : -1].gather(-1, torch.tensor(ids[len(ids) - n :])[:, None]).squeeze(-1)
+
+
+lengths = st.lists(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3), min_size=1, max_size=3),
+                   min_size=1, max_size=2).filter(lambda s: any(n for v in s for q in v for n in q))
+
+
+@settings(max_examples=25, deadline=None)
+@given(shape=lengths, temperature=st.sampled_from([1.0, 0.7]))
+def test_packed_log_probabilities_and_gradients_equal_one_row_per_completion(
+    policy: PackedPolicy, shape: list[list[list[int]]], temperature: float
+) -> None:
+    """Random trees, empty completions included, in float64 to 1e-10."""
+    roots = random_forest(policy, shape)
+    batch = pack(roots, policy.causal_lm.config.video_token_id)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+
+    logps_N_T, _ = policy(batch, temperature)
+    got = torch.autograd.grad(logps_N_T.pow(2).sum(), trained)
+    rows = [alone(policy, path, temperature) for root in roots for path in paths(root)]
+    expected = torch.autograd.grad(torch.cat(rows).pow(2).sum(), trained)
+
+    for row, logps in zip(rows, logps_N_T, strict=True):
+        torch.testing.assert_close(logps[: len(row)], row, rtol=0, atol=1e-10)
+        assert not logps[len(row) :].any()
+    for a, b in zip(got, expected, strict=True):
+        assert float((a - b).norm()) <= 1e-10 * max(1.0, float(b.norm()))
+
+
+def test_float32_stays_within_the_stated_tolerance(policy: PackedPolicy) -> None:
+    roots = random_forest(policy, [[[5, 4], [3]], [[2, 5, 1]]])
+    single = PackedPolicy(policy.model)
+    exact, _ = single(pack(roots, policy.causal_lm.config.video_token_id))
+    for root in roots:
+        root.features_V_H = root.features_V_H.float() if root.features_V_H is not None else None
+    policy.float()
+    try:
+        rounded, _ = policy(pack(roots, policy.causal_lm.config.video_token_id))
+    finally:
+        policy.double()
+    assert ((rounded - exact).abs() <= 1e-5 * exact.abs().clamp(min=1.0)).all()
+
+
+def test_plain_text_prompts_of_a_second_architecture_pack_the_same_way() -> None:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+    )
+    policy = PackedPolicy(Qwen3ForCausalLM(config).double())
+    root = Node([1, 2, 3], children=[Node([4, 5], children=[Node([6, 7, 8], scored=True), Node([9], scored=True)])])
+    logps, entropies = policy(pack([root], visual_token_id=-1))
+    policy.language_model.config._attn_implementation = "sdpa"
+    for row, completion in enumerate(([6, 7, 8], [9])):
+        ids = torch.tensor([[1, 2, 3, 4, 5, *completion]])
+        full = F.log_softmax(policy.causal_lm(input_ids=ids, use_cache=False).logits[0], dim=-1)
+        expected = full[4:-1].gather(-1, ids[0, 5:, None]).squeeze(-1)
+        torch.testing.assert_close(logps[row, : len(completion)], expected, rtol=0, atol=1e-10)
+    assert (entropies[0] > 0).all()
+
+
+def test_features_that_do_not_match_the_visual_tokens_are_refused(policy: PackedPolicy) -> None:
+    root = volume_node(policy, seed=0)
+    assert root.features_V_H is not None
+    root.features_V_H = root.features_V_H[:-1]
+    root.children = [Node([310], children=[Node([311], scored=True)])]
+    with pytest.raises(ValueError, match="8 visual tokens and 7 feature rows"):
+        pack([root], policy.causal_lm.config.video_token_id)
+
+
+def test_a_completion_without_a_prompt_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs a prompt"):
+        pack([Node([1, 2], scored=True)], visual_token_id=-1)
