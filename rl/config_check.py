@@ -113,13 +113,17 @@ def vision_geometry(model_path: str) -> VisionGeometry | None:
     """Geometry of the model a config names; None for a Hugging Face id that is not known here.
 
     Raises:
-        ConfigError: a local folder whose `config.json` is no Qwen2.5-VL configuration.
+        ConfigError: a folder whose `config.json` is no Qwen2.5-VL configuration, or `builtin:base` without its files.
     """
     if model_path in QWEN2_5_VL:
         return QWEN2_5_VL[model_path]
     if model_path == "builtin:base":
-        text = (files("rl") / "assets" / "base" / "config.json").read_text(encoding="utf-8")
-        return _geometry_of(json.loads(text), model_path)
+        packaged = files("rl") / "assets" / "base" / "config.json"
+        if not packaged.is_file():
+            raise ConfigError(
+                f"model.path is 'builtin:base' but {packaged} is missing: install the package again"
+            )
+        return _geometry_of(json.loads(packaged.read_text(encoding="utf-8")), model_path)
     config_file = Path(model_path) / "config.json"
     if config_file.is_file():
         return _geometry_of(json.loads(config_file.read_text(encoding="utf-8")), str(config_file))

@@ -1,0 +1,55 @@
+"""What a run records about where it ran, and the device and dtype `auto` stands for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rl.config import ConfigError
+from rl.environment import describe_environment, pick_device, pick_dtype, write_environment
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests a machine without a GPU")
+
+
+@needs_no_gpu
+def test_auto_without_a_gpu_is_the_cpu_in_float32() -> None:
+    device = pick_device("auto")
+    assert device == torch.device("cpu")
+    assert pick_dtype("auto", device) is torch.float32
+
+
+def test_auto_on_a_gpu_is_bfloat16_and_a_named_dtype_is_taken_as_named() -> None:
+    gpu = torch.device("cuda")
+    assert pick_dtype("auto", gpu) is torch.bfloat16
+    assert pick_dtype("float32", gpu) is torch.float32
+    assert pick_dtype("bfloat16", torch.device("cpu")) is torch.bfloat16
+
+
+@needs_no_gpu
+def test_cuda_without_a_gpu_says_what_to_install() -> None:
+    with pytest.raises(ConfigError, match=r"sees no GPU.*extra `gpu`"):
+        pick_device("cuda")
+
+
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="auto, cpu or cuda"):
+        pick_device("tpu")
+    with pytest.raises(ConfigError, match="auto, float32, bfloat16"):
+        pick_dtype("float16", torch.device("cpu"))
+
+
+def test_the_environment_names_versions_hardware_and_seed() -> None:
+    environment = describe_environment(seed=7)
+    assert environment["seed"] == 7
+    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["cpu"]["count"] >= 1
+    assert len(environment["gpus"]) == torch.cuda.device_count()
+
+
+def test_the_environment_file_is_complete_json_and_leaves_no_temporary_file(tmp_path: Path) -> None:
+    path = write_environment(tmp_path / "run", seed=1)
+    assert json.loads(path.read_text(encoding="utf-8"))["seed"] == 1
+    assert [p.name for p in path.parent.iterdir()] == ["environment.json"]
