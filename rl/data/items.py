@@ -134,6 +134,27 @@ def find_truth(item: Item, question: Question) -> Truth:
         ) from error
 
 
+class TruthLedger:
+    """Remembers the truths of a file. Balanced files repeat items, which is fine; two truths for one are not."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, int], int] = {}
+
+    def enter(self, item: Item, volume_id: str, question: Question, truth: Truth) -> None:
+        """Record a truth.
+
+        Raises:
+            DataError: this question of this volume was given another truth before.
+        """
+        value = hash((frozenset(truth.grades.items()), truth.bbox))
+        if self._seen.setdefault((volume_id, question.question_id), value) != value:
+            raise DataError(
+                Fault.TRUTH,
+                f"{item.place}: question {question.question_id} of {volume_id} was given another truth earlier in this "
+                "file; keep one of the two items",
+            )
+
+
 def text_box(item: Item, truth: Truth, header: Header, convention: Convention) -> Box3D | None:
     """The item's text box on the file grid; None where the item has none.
 

@@ -36,48 +36,61 @@ def read_header(path: Path, place: str) -> Header:
     return _header(_open(path, place, Fault.MISSING_VOLUME, Fault.UNREADABLE_VOLUME), path, place)
 
 
-def inspect_volume(image_path: Path, mask_path: Path | None, place: str) -> tuple[list[DataError], np.ndarray | None]:
-    """Read a volume and its mask whole: every fault found, and the mask when it can be trusted.
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What reading a volume and its mask whole has shown."""
 
-    Returns:
-        The faults, and the mask (file order, uint8) if it is readable and on the image's grid.
-    """
+    faults: list[DataError]
+    header: Header | None
+    """None when the volume cannot be used."""
+    mask: np.ndarray | None
+    """Labels in file order, when volume and mask are sound and on one grid."""
+
+
+def inspect_volume(image_path: Path, mask_path: Path | None, place: str) -> Inspection:
+    """Read every voxel of a volume and of its mask, and collect what is wrong with them."""
     faults: list[DataError] = []
-    image = None
+    header: Header | None = None
+    mask: np.ndarray | None = None
+    image: Any = None
     try:
         image = _open(image_path, place, Fault.MISSING_VOLUME, Fault.UNREADABLE_VOLUME)
-        _header(image, image_path, place)
-        voxels = _voxels(image, image_path, place, Fault.UNREADABLE_VOLUME)
-        if not np.isfinite(voxels).all():
-            count = int(voxels.size - np.isfinite(voxels).sum())
-            raise DataError(
-                Fault.UNREADABLE_VOLUME,
-                f"{place}: {image_path} holds {count} voxels that are NaN or infinite; convert the volume again",
-            )
+        sound = _header(image, image_path, place)
+        _check_finite(_voxels(image, image_path, place, Fault.UNREADABLE_VOLUME), image_path, place)
+        header = sound
     except DataError as error:
         faults.append(error)
-    if mask_path is None:
-        return faults, None
     try:
-        mask = _open(mask_path, place, Fault.MISSING_MASK, Fault.UNREADABLE_MASK)
-        _check_mask_header(mask, mask_path, image, image_path, place)
-        labels = _voxels(mask, mask_path, place, Fault.UNREADABLE_MASK)
+        if mask_path is not None:
+            mask = _read_mask(mask_path, image, image_path, place)
     except DataError as error:
-        return [*faults, error], None
-    return faults, labels
+        faults.append(error)
+    return Inspection(faults, header, mask if header is not None else None)
 
 
-def read_mask(path: Path, shape: tuple[int, ...], place: str) -> np.ndarray:
+def read_mask(path: Path, image_path: Path, place: str) -> np.ndarray:
     """Labels of a mask in file order, uint8.
 
     Raises:
-        DataError: missing, unreadable, not uint8, or not of the image's shape.
+        DataError: missing, unreadable, not uint8, or not on the image's grid.
     """
+    image = _open(image_path, place, Fault.MISSING_VOLUME, Fault.UNREADABLE_VOLUME)
+    return _read_mask(path, image, image_path, place)
+
+
+def _read_mask(path: Path, image: Any, image_path: Path, place: str) -> np.ndarray:
     mask = _open(path, place, Fault.MISSING_MASK, Fault.UNREADABLE_MASK)
-    if tuple(mask.shape) != shape:
-        raise DataError(Fault.MASK_MISMATCH, f"{place}: mask {path} has shape {mask.shape}, its image {shape}")
-    _check_uint8(mask, path, place)
+    _check_mask_header(mask, path, image, image_path, place)
     return _voxels(mask, path, place, Fault.UNREADABLE_MASK)
+
+
+def _check_finite(voxels: np.ndarray, path: Path, place: str) -> None:
+    bad = voxels.size - int(np.isfinite(voxels).sum())
+    if bad:
+        raise DataError(
+            Fault.UNREADABLE_VOLUME,
+            f"{place}: {path} holds {bad} voxels that are NaN or infinite; convert the volume again",
+        )
 
 
 def _open(path: Path, place: str, missing: Fault, unreadable: Fault) -> Any:
@@ -113,16 +126,14 @@ def _header(image: Any, path: Path, place: str) -> Header:
     return Header((shape[0], shape[1], shape[2]), (spacing[0], spacing[1], spacing[2]))
 
 
-def _check_uint8(mask: Any, path: Path, place: str) -> None:
-    kind = mask.get_data_dtype()
-    if kind != np.uint8:
-        raise DataError(
-            Fault.MASK_MISMATCH, f"{place}: mask {path} is stored as {kind}; labels must be uint8, save it as such"
-        )
-
-
 def _check_mask_header(mask: Any, path: Path, image: Any, image_path: Path, place: str) -> None:
-    _check_uint8(mask, path, place)
+    kind = mask.get_data_dtype()
+    if kind != np.uint8 or (mask.dataobj.slope, mask.dataobj.inter) != (1, 0):
+        raise DataError(
+            Fault.MASK_MISMATCH,
+            f"{place}: mask {path} is stored as {kind} with scale {mask.dataobj.slope:g}; labels must be plain uint8, "
+            "save it as such",
+        )
     if image is None:
         return
     if mask.shape != image.shape:

@@ -14,7 +14,7 @@ from rewards.ontology import Question
 from rewards.types import Truth
 from rl.config import Config
 from rl.data.boxes import AXIS_NAMES, Convention, extent_box, parse_convention, region_extents
-from rl.data.items import Item, find_question, find_row, find_truth, read_items, reasoning_text, text_box
+from rl.data.items import TruthLedger, Item, find_question, find_row, find_truth, read_items, reasoning_text, text_box
 from rl.data.layout import DataError, Fault, Split, SplitRow, question_ids, read_question_labels
 from rl.data.nifti import Header, read_header, read_mask
 
@@ -70,18 +70,18 @@ class RowBuilder:
         self._headers: dict[str, Header] = {}
         self._regions = read_question_labels(root) if config.data.box_source == "mask" else None
         self._mask_boxes: dict[str, dict[int, Box3D]] = {}
-        self._seen: dict[str, int] = {}
 
     def rows(self, file: Path) -> Iterator[Row]:
         """Rows of a file's items for the chosen questions, in order."""
+        ledger = TruthLedger()
         for item in read_items(file):
             if isinstance(item, DataError):
                 raise item
-            row = self.row(item)
+            row = self.row(item, ledger)
             if row is not None:
                 yield row
 
-    def row(self, item: Item) -> Row | None:
+    def row(self, item: Item, ledger: TruthLedger) -> Row | None:
         """The row of an item; None when its question is not among the chosen ones."""
         question = find_question(item)
         if question.question_id not in self.question_ids:
@@ -89,13 +89,12 @@ class RowBuilder:
         source = find_row(item, self._rows_by_image, self.split)
         header = self.header(source)
         truth = find_truth(item, question)
+        ledger.enter(item, source.volume_id, question, truth)
         if self._regions is None:
             bbox = text_box(item, truth, header, self.convention)
         else:
-            bbox = self._boxes_of_mask(source, header).get(question.question_id)
-        row = build_row(item, source, question, truth, header, bbox, self.convention)
-        self._refuse_contradiction(item, question, row)
-        return row
+            bbox = self._boxes_of_mask(source).get(question.question_id)
+        return build_row(item, source, question, truth, header, bbox, self.convention)
 
     def header(self, source: SplitRow) -> Header:
         """Shape and spacing of a row's volume, read once."""
@@ -103,7 +102,7 @@ class RowBuilder:
             self._headers[source.image] = read_header(self.root / source.image, source.place)
         return self._headers[source.image]
 
-    def _boxes_of_mask(self, source: SplitRow, header: Header) -> dict[int, Box3D]:
+    def _boxes_of_mask(self, source: SplitRow) -> dict[int, Box3D]:
         assert self._regions is not None
         if source.image not in self._mask_boxes:
             if source.mask is None:
@@ -111,20 +110,10 @@ class RowBuilder:
                     Fault.MISSING_MASK,
                     f"{source.place}: label_filepath is empty but data.box_source=mask; name the mask or use text boxes",
                 )
-            mask = read_mask(self.root / source.mask, header.shape, source.place)
+            mask = read_mask(self.root / source.mask, self.root / source.image, source.place)
             extents = region_extents(mask, self._regions)
             self._mask_boxes[source.image] = {i: extent_box(e, self.convention) for i, e in extents.items()}
         return self._mask_boxes[source.image]
-
-    def _refuse_contradiction(self, item: Item, question: Question, row: Row) -> None:
-        """Balanced files repeat items, which is fine; the same question with two truths is not."""
-        truth = hash((row["grades"], None if row["bbox"] is None else tuple(row["bbox"])))
-        if self._seen.setdefault(row["example_id"], truth) != truth:
-            raise DataError(
-                Fault.TRUTH,
-                f"{item.place}: question {question.question_id} of {row['volume_id']} was already given another truth "
-                "earlier in this file; keep one of the two",
-            )
 
 
 def build_row(
