@@ -95,6 +95,33 @@ def patchify(
     return patches, (t, h, w)
 
 
+@dataclass(frozen=True)
+class TowerSpec:
+    """What must be known of a tower to find its embeddings in a cache, without loading it."""
+
+    fingerprint: str
+    """See `tower_fingerprint`."""
+    sizes: PatchSizes
+    normalisation: Normalisation
+    hidden_size: int
+    """Width of the embeddings: the language model's hidden size."""
+
+    @classmethod
+    def of_folder(cls, path: str | Path) -> TowerSpec:
+        """Of a checkpoint folder; reads the tower's weights once, for the fingerprint.
+
+        Raises:
+            TowerError: the folder has no Qwen2.5-VL tower in safetensors.
+        """
+        folder = Path(path)
+        return cls._of(_vision_config(folder), tower_fingerprint(folder), Normalisation.of_folder(folder))
+
+    @classmethod
+    def _of(cls, config: Any, fingerprint: str, normalisation: Normalisation) -> TowerSpec:
+        sizes = PatchSizes(config.patch_size, config.spatial_merge_size, config.temporal_patch_size)
+        return cls(fingerprint, sizes, normalisation, config.out_hidden_size)
+
+
 class VisionTower:
     """A Qwen2.5-VL vision tower, frozen.
 
@@ -118,18 +145,16 @@ class VisionTower:
             folder = Path(model_or_path)
             config = _vision_config(folder)
             tensors = dict(_visual_tensors(folder))
-            self.fingerprint = _fingerprint(tensors.items(), config)
-            self.normalisation = Normalisation.of_folder(folder)
             self.visual = _build(folder, config, tensors, dtype)
+            normalisation = Normalisation.of_folder(folder)
         else:
             self.visual = model_or_path.model.visual
             config = model_or_path.config.vision_config
-            self.fingerprint = _fingerprint(self.visual.state_dict().items(), config)
-            self.normalisation = Normalisation()
+            tensors = self.visual.state_dict()
+            normalisation = Normalisation()
+        self.spec = TowerSpec._of(config, _fingerprint(tensors.items(), config), normalisation)
         self.visual.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self.device, self.dtype, self.max_patches = torch.device(device), dtype, max_patches
-        self.sizes = PatchSizes(config.patch_size, config.spatial_merge_size, config.temporal_patch_size)
-        self.hidden_size: int = config.out_hidden_size
 
     def encode(self, view: FramesView) -> tuple[torch.Tensor, tuple[int, int, int]]:
         """Embeddings of one volume, [V, hidden] on the CPU, and its `grid_thw`."""
@@ -140,21 +165,23 @@ class VisionTower:
         """Embeddings of several volumes that share height and width, [V, hidden] on the CPU and `grid_thw` each."""
         grids = [view.geometry.grid_thw for view in views]
         for view in views:
-            if view.geometry.sizes != self.sizes:
-                raise ValueError(f"frames were cut for {view.geometry.sizes}, the tower reads {self.sizes}")
+            if view.geometry.sizes != self.spec.sizes:
+                raise ValueError(
+                    f"frames were cut for {view.geometry.sizes}, the tower reads {self.spec.sizes}"
+                )
             if view.geometry.grid_thw[1:] != grids[0][1:]:
                 raise ValueError(f"views of one batch differ in height or width: {grids}")
         frames_T_H_W = torch.cat([view.frames_T_H_W for view in views])
         patches_per_step = grids[0][1] * grids[0][2]
-        frames_at_once = max(1, self.max_patches // patches_per_step) * self.sizes.temporal
+        frames_at_once = max(1, self.max_patches // patches_per_step) * self.spec.sizes.temporal
         pieces = [self._forward(chunk) for chunk in frames_T_H_W.split(frames_at_once)]
-        tokens = [t * h * w // self.sizes.merge**2 for t, h, w in grids]
+        tokens = [t * h * w // self.spec.sizes.merge**2 for t, h, w in grids]
         # clones, so that keeping one volume does not keep the batch
         embeds = [part.clone() for part in torch.cat(pieces).split(tokens)]
         return list(zip(embeds, grids, strict=True))
 
     def _forward(self, frames_T_H_W: torch.Tensor) -> torch.Tensor:
-        patches, grid = patchify(frames_T_H_W.to(self.device), self.sizes, self.normalisation)
+        patches, grid = patchify(frames_T_H_W.to(self.device), self.spec.sizes, self.spec.normalisation)
         grid_thw = torch.tensor([grid], device=self.device)
         return self.visual(patches.to(self.dtype), grid_thw=grid_thw).pooler_output.cpu()
 
