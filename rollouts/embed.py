@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,6 +24,7 @@ from rollouts.volumes import (
     VolumeError,
     VolumeView,
     read_volume,
+    require_file,
     view_frames,
 )
 
@@ -86,6 +87,8 @@ def embed_examples(
     job = _Job(tower, cache, view, axes, storage, recipe)
     faults: list[str] = []
     started = reported = time.monotonic()
+    if progress is not None:
+        progress(len(keys), len(wanted))
     try:
         for batch in _batches(job.load_ahead(remaining, faults), volumes_at_once):
             keys.update(job.encode(batch, faults))
@@ -97,9 +100,8 @@ def embed_examples(
                 reported = now
                 job.write_index()
                 rate = (done - len(wanted) + len(remaining)) / (now - started)
-                log(
-                    f"{done} of {len(wanted)} volumes, {rate:.2f} a second, {(len(wanted) - done) / rate / 60:.0f} min left"
-                )
+                minutes = (len(wanted) - done) / rate / 60
+                log(f"{done} of {len(wanted)} volumes, {rate:.2f} a second, {minutes:.0f} min left")
     finally:
         job.write_index()
     seconds = time.monotonic() - started
@@ -150,8 +152,10 @@ class _Job:
                     faults.append(f"{volume.volume_id}: {error}")
 
     def _load(self, ref: VolumeRef) -> _Loaded:
+        require_file(ref.image_path)
+        stamp = IndexEntry.of(ref, "")  # before reading: a file changed meanwhile must not look current
         volume = read_volume(ref.image_path)
-        entry = IndexEntry.of(ref, volume_key(volume, self.recipe))
+        entry = replace(stamp, key=volume_key(volume, self.recipe))
         if self.cache.get(entry.key) is not None:
             return _Loaded(ref, entry, None)
         return _Loaded(ref, entry, view_frames(volume, self.view, *self.axes, sizes=self.tower.spec.sizes))

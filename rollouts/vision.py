@@ -160,7 +160,6 @@ class VisionTower:
         """Embeddings of one volume, [V, hidden] on the CPU, and its `grid_thw`."""
         return self.encode_batch([view])[0]
 
-    @torch.inference_mode()
     def encode_batch(self, views: Sequence[FramesView]) -> list[tuple[torch.Tensor, tuple[int, int, int]]]:
         """Embeddings of several volumes that share height and width, [V, hidden] on the CPU and `grid_thw` each."""
         grids = [view.geometry.grid_thw for view in views]
@@ -176,10 +175,12 @@ class VisionTower:
         frames_at_once = max(1, self.max_patches // patches_per_step) * self.spec.sizes.temporal
         pieces = [self._forward(chunk) for chunk in frames_T_H_W.split(frames_at_once)]
         tokens = [t * h * w // self.spec.sizes.merge**2 for t, h, w in grids]
-        # clones, so that keeping one volume does not keep the batch
+        # clones, so that keeping one volume does not keep the batch, and that autograd may save them (tensors made in
+        # inference mode it may not)
         embeds = [part.clone() for part in torch.cat(pieces).split(tokens)]
         return list(zip(embeds, grids, strict=True))
 
+    @torch.inference_mode()
     def _forward(self, frames_T_H_W: torch.Tensor) -> torch.Tensor:
         patches, grid = patchify(frames_T_H_W.to(self.device), self.spec.sizes, self.spec.normalisation)
         grid_thw = torch.tensor([grid], device=self.device)

@@ -77,6 +77,12 @@ class PatchSizes:
         return self.patch * self.merge
 
 
+def require_file(path: str | Path) -> None:
+    """Raises VolumeError when there is no such file."""
+    if not Path(path).is_file():
+        raise VolumeError(f"volume {path} does not exist; check data.root and the split CSV's image_filepath")
+
+
 def read_volume(path: str | Path) -> Volume:
     """Read a NIfTI file.
 
@@ -85,8 +91,7 @@ def read_volume(path: str | Path) -> Volume:
             values.
     """
     path = Path(path)
-    if not path.is_file():
-        raise VolumeError(f"volume {path} does not exist; check data.root and the split CSV's image_filepath")
+    require_file(path)
     with _named_errors(path):
         image = nibabel.load(path)
         shape = tuple(image.shape)
