@@ -3,12 +3,20 @@
 Inside, a `Box3D` is half-open in voxels of the volume file's own grid. In text it is the dataset's six
 inclusive integers `[start_slice, end_slice, x_min, x_max, y_min, y_max]`. `from_text` and `to_text` are the
 only places where one becomes the other.
+
+Overlaps are counted in voxels; all voxels of a volume have the same size, so the overlap in mm^3 is the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.integer]
+FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +35,12 @@ class Box3D:
     y_max: int
 
     def __post_init__(self) -> None:
+        if self.slice_min < self.slice_max and self.x_min < self.x_max and self.y_min < self.y_max:
+            return
         for axis in ("slice", "x", "y"):
             low, high = getattr(self, f"{axis}_min"), getattr(self, f"{axis}_max")
-            if low >= high:
+            # written as "not <", so that a NaN is refused as well
+            if not low < high:
                 raise ValueError(f"Box3D needs {axis}_min < {axis}_max, got {low} and {high}")
 
     @classmethod
@@ -47,14 +58,96 @@ class Box3D:
         """Number of voxels covered."""
         return (self.slice_max - self.slice_min) * (self.x_max - self.x_min) * (self.y_max - self.y_min)
 
+    def inside(self, shape: tuple[int, int, int]) -> bool:
+        """Whether every covered voxel lies in a grid of `shape` = (slices, x, y)."""
+        return (
+            min(self.slice_min, self.x_min, self.y_min) >= 0
+            and self.slice_max <= shape[0]
+            and self.x_max <= shape[1]
+            and self.y_max <= shape[2]
+        )
+
+
+def _intersection(a: Box3D, b: Box3D) -> int:
+    slices = min(a.slice_max, b.slice_max) - max(a.slice_min, b.slice_min)
+    width = min(a.x_max, b.x_max) - max(a.x_min, b.x_min)
+    height = min(a.y_max, b.y_max) - max(a.y_min, b.y_min)
+    return slices * width * height if min(slices, width, height) > 0 else 0
+
 
 def iou(a: Box3D, b: Box3D) -> float:
     """Intersection over union of two boxes, in [0, 1] (Jaccard index of the covered voxels)."""
-    overlap = 1
-    for axis in ("slice", "x", "y"):
-        low = max(getattr(a, f"{axis}_min"), getattr(b, f"{axis}_min"))
-        high = min(getattr(a, f"{axis}_max"), getattr(b, f"{axis}_max"))
-        if low >= high:
-            return 0.0
-        overlap *= high - low
+    overlap = _intersection(a, b)
     return overlap / (a.volume + b.volume - overlap)
+
+
+def giou(a: Box3D, b: Box3D) -> float:
+    """Generalised IoU, in (-1, 1]: `IoU - |C \\ (A u B)| / |C|` with C the smallest box around both.
+
+    Rezatofighi et al., CVPR 2019, algorithm 1, in three dimensions.
+    """
+    overlap = _intersection(a, b)
+    union = a.volume + b.volume - overlap
+    hull = (
+        (max(a.slice_max, b.slice_max) - min(a.slice_min, b.slice_min))
+        * (max(a.x_max, b.x_max) - min(a.x_min, b.x_min))
+        * (max(a.y_max, b.y_max) - min(a.y_min, b.y_min))
+    )
+    return overlap / union - (hull - union) / hull
+
+
+def center_distance_mm(a: Box3D, b: Box3D, spacing_mm: tuple[float, float, float]) -> float:
+    """Euclidean distance of the two centres in mm; `spacing_mm` is the voxel size along (slice, x, y)."""
+    doubled = (
+        a.slice_min + a.slice_max - b.slice_min - b.slice_max,
+        a.x_min + a.x_max - b.x_min - b.x_max,
+        a.y_min + a.y_max - b.y_min - b.y_max,
+    )
+    return float(np.linalg.norm(np.array(doubled) / 2 * np.array(spacing_mm)))
+
+
+def boxes_array(boxes: Sequence[Box3D]) -> npt.NDArray[np.int64]:
+    """The boxes as rows (slice_min, slice_max, x_min, x_max, y_min, y_max), half-open; int64 [N, 6]."""
+    return np.array([astuple(box) for box in boxes], dtype=np.int64).reshape(-1, 6)
+
+
+def iou_array(a_N_6: IntArray, b_N_6: IntArray) -> FloatArray:
+    """IoU of each pair of rows: half-open boxes [N, 6] and [N, 6] -> [N].
+
+    Raises:
+        ValueError: wrong shape or dtype, or a row with min >= max (the row is named).
+    """
+    a, b = _checked(a_N_6), _checked(b_N_6)
+    if a.shape != b.shape:
+        raise ValueError(f"iou_array needs as many boxes on both sides, got {len(a)} and {len(b)}")
+    return _iou_of_rows(a, b)
+
+
+def iou_matrix(a_N_6: IntArray, b_M_6: IntArray) -> FloatArray:
+    """IoU of every box with every other: half-open boxes [N, 6] and [M, 6] -> [N, M].
+
+    Raises:
+        ValueError: wrong shape or dtype, or a row with min >= max (the row is named).
+    """
+    return _iou_of_rows(_checked(a_N_6)[:, None, :], _checked(b_M_6)[None, :, :])
+
+
+def _checked(boxes_N_6: IntArray) -> FloatArray:
+    boxes = np.asarray(boxes_N_6)
+    if boxes.ndim != 2 or boxes.shape[1] != 6 or not np.issubdtype(boxes.dtype, np.integer):
+        raise ValueError(f"boxes must be integers of shape [N, 6], got {boxes.dtype} {list(boxes.shape)}")
+    bad = np.flatnonzero((boxes[:, 0::2] >= boxes[:, 1::2]).any(axis=1))
+    if bad.size:
+        raise ValueError(f"box {bad[0]} has an axis with min >= max: {boxes[bad[0]].tolist()}")
+    # float64: a product of three extents may pass 2^63, and float64 is exact up to 2^53 voxels
+    return boxes.astype(np.float64)
+
+
+def _iou_of_rows(a: FloatArray, b: FloatArray) -> FloatArray:
+    low = np.maximum(a[..., 0::2], b[..., 0::2])
+    high = np.minimum(a[..., 1::2], b[..., 1::2])
+    overlap = np.prod(np.maximum(high - low, 0), axis=-1)
+    volume_a = np.prod(a[..., 1::2] - a[..., 0::2], axis=-1)
+    volume_b = np.prod(b[..., 1::2] - b[..., 0::2], axis=-1)
+    ratio: FloatArray = overlap / (volume_a + volume_b - overlap)
+    return ratio

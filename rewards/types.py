@@ -54,7 +54,7 @@ class Example:
     """Time point as the dataset writes it: `00M`, `12M`, ..."""
     side: Side
     reasoning: str = ""
-    """The dataset's reasoning text (a fixed template per question and grade: it leaks the grade, never prompt with it)."""
+    """The dataset's reasoning text: a fixed template per question and grade. It leaks the grade: never prompt with it."""
 
 
 class Problem(Enum):
@@ -86,6 +86,7 @@ class Problem(Enum):
     BOX_NOT_SIX_INTEGERS = "box_not_six_integers"
     BOX_INVERTED = "box_inverted"
     BOX_OUTSIDE_VOLUME = "box_outside_volume"
+    """The only problem whose part is kept: the box was read, and IoU counts its outside voxels against it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,8 @@ class Answer:
     format_problem: Problem = Problem.NONE
     grades_problem: Problem = Problem.NONE
     bbox_problem: Problem = Problem.NONE
+    strict: bool = False
+    """Whether the completion keeps the declared format to the letter (`rewards.reading`), in either mode."""
 
     @property
     def ok(self) -> bool:

@@ -1,0 +1,165 @@
+"""Reward functions: how one is declared, registered, and found by name or in a user's file.
+
+A reward is a plain function of one sample. Its positional arguments are injected by name, its keyword-only ones are
+parameters set from the configuration:
+
+    @reward
+    def few_words(completion: str, *, limit: int = 200) -> float:
+        return float(len(completion.split()) <= limit)
+
+It returns a score in [0, 1], or None for "does not apply", which may depend on question and truth only. No I/O, no
+randomness, no clock.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, overload
+
+Kind = Literal["reward", "penalty"]
+Scope = Literal["sample", "group"]
+F = TypeVar("F", bound=Callable[..., Any])
+
+ARGUMENTS: Mapping[Scope, frozenset[str]] = {
+    "sample": frozenset({"answer", "truth", "question", "completion", "example"}),
+    "group": frozenset({"answers", "truth", "question", "completions", "example"}),
+}
+"""Names that can be injected. `answers` and `completions` are the G samples of one question, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardSpec:
+    """A registered reward function."""
+
+    name: str
+    function: Callable[..., Any]
+    kind: Kind
+    """"reward": share achieved; "penalty": share violated, whose weight is negative."""
+    scope: Scope
+    """"sample": returns one score; "group": returns a list of G scores (or one None)."""
+    arguments: tuple[str, ...]
+    """Injected arguments, in order."""
+    parameters: Mapping[str, Any]
+    """Keyword-only parameter -> default (`inspect.Parameter.empty` when it must be given)."""
+
+
+_REGISTRY: dict[str, RewardSpec] = {}
+
+
+@overload
+def reward(function: F, /) -> F: ...
+@overload
+def reward(*, kind: Kind = "reward") -> Callable[[F], F]: ...
+def reward(function: Any = None, /, *, kind: Kind = "reward") -> Any:
+    """Register a function of one sample; it stays callable as it is. Use as `@reward` or `@reward(kind="penalty")`.
+
+    Raises:
+        ValueError: an argument that cannot be injected, or a name another file has registered.
+    """
+    return _register("sample", kind) if function is None else _register("sample", kind)(function)
+
+
+@overload
+def group_reward(function: F, /) -> F: ...
+@overload
+def group_reward(*, kind: Kind = "reward") -> Callable[[F], F]: ...
+def group_reward(function: Any = None, /, *, kind: Kind = "reward") -> Any:
+    """Register a function that sees the G samples of one question at once and returns G scores, or None for all.
+
+    Raises:
+        ValueError: an argument that cannot be injected, or a name another file has registered.
+    """
+    return _register("group", kind) if function is None else _register("group", kind)(function)
+
+
+def registered() -> Mapping[str, RewardSpec]:
+    """All registered functions by name."""
+    return dict(_REGISTRY)
+
+
+def find_reward(name: str) -> RewardSpec:
+    """Look up a registered name, or load `path/to/file.py:function`.
+
+    Raises:
+        ValueError: unknown name (the nearest is suggested), or a function that cannot be used as a reward.
+        FileNotFoundError: the file of a path does not exist.
+    """
+    path, colon, function_name = name.rpartition(":")
+    if colon and path.endswith(".py"):
+        return _from_file(Path(path), function_name)
+    if name not in _REGISTRY:
+        nearest = difflib.get_close_matches(name, _REGISTRY, n=1, cutoff=0.0)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(
+            f"unknown reward {name!r}{hint} Known: {', '.join(sorted(_REGISTRY))}, or path/to/file.py:function"
+        )
+    return _REGISTRY[name]
+
+
+def _register(scope: Scope, kind: Kind) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        spec = _inspect(function, scope, kind)
+        known = _REGISTRY.get(spec.name)
+        if known is not None and _file_of(known.function) != _file_of(function):
+            raise ValueError(
+                f"a reward named {spec.name!r} is already registered by {_file_of(known.function)}; "
+                f"rename the one in {_file_of(function)}"
+            )
+        _REGISTRY[spec.name] = spec
+        return function
+
+    return decorate
+
+
+def _inspect(function: Callable[..., Any], scope: Scope, kind: Kind) -> RewardSpec:
+    name = function.__name__
+    where = f"reward {name!r} ({_file_of(function)})"
+    if kind not in ("reward", "penalty"):
+        raise ValueError(f'{where}: kind must be "reward" or "penalty", got {kind!r}')
+    arguments: list[str] = []
+    parameters: dict[str, Any] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            parameters[parameter.name] = parameter.default
+        elif parameter.kind is not parameter.POSITIONAL_OR_KEYWORD or parameter.name not in ARGUMENTS[scope]:
+            raise ValueError(
+                f"{where}: argument {str(parameter)!r} cannot be injected. Available: "
+                f"{', '.join(sorted(ARGUMENTS[scope]))}. A parameter set from the configuration must be "
+                f"keyword-only: write it after a bare *"
+            )
+        else:
+            arguments.append(parameter.name)
+    return RewardSpec(name, function, kind, scope, tuple(arguments), parameters)
+
+
+def _from_file(path: Path, function_name: str) -> RewardSpec:
+    if not path.is_file():
+        raise FileNotFoundError(f"reward file {path} does not exist (looked in {Path.cwd()})")
+    # one module per file, so that two rewards of one file share its state and it runs once
+    module_name = f"rewards_user_{path.resolve().as_posix().replace('/', '_').replace('.', '_')}"
+    if module_name not in sys.modules:
+        module_spec = importlib.util.spec_from_file_location(module_name, path)
+        assert module_spec is not None
+        assert module_spec.loader is not None
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+        sys.modules[module_name] = module
+    module = sys.modules[module_name]
+    function = getattr(module, function_name, None)
+    for spec in _REGISTRY.values():
+        if spec.function is function:
+            return spec
+    if callable(function):
+        raise ValueError(f"{path}: {function_name} is not a reward yet; put @reward above it")
+    names = [spec.name for spec in _REGISTRY.values() if spec.function.__module__ == module_name]
+    raise ValueError(f"{path} has no function {function_name!r}; its rewards: {', '.join(names) or 'none'}")
+
+
+def _file_of(function: Callable[..., Any]) -> str:
+    return inspect.getsourcefile(function) or "unknown file"

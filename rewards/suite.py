@@ -1,0 +1,283 @@
+"""Composition: several reward functions become one number for each completion.
+
+    total = sum_{i in A} w_i s_i / sum_{i in A} w_i  +  sum_{p in P} w_p v_p
+
+A are the rewards that apply to the example (score not None), with weights w >= 0, renormalised over A so that an
+example without a box is worth as much as one with. P are the penalties that apply: shares violated v in [0, 1], with
+weights w <= 0, outside the renormalisation. When no reward applies the first term is 0. A component behind a gate
+scores 0 when its gate's component scores under 1; it still applies, so its weight stays in the sum.
+"""
+
+from __future__ import annotations
+
+import graphlib
+import inspect
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import rewards.functions as _functions  # noqa: F401  registers the package's own
+from rewards.reading import read_answer
+from rewards.records import example_from_dict
+from rewards.registry import RewardSpec, find_reward
+from rewards.types import Answer, Example, Problem, ReaderMode, Reasoning
+
+
+class RewardError(ValueError):
+    """A reward function broke its contract; the message names function, example and value."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """One reward function in a suite."""
+
+    name: str
+    """Registered name, or `path/to/file.py:function`."""
+    weight: float = 1.0
+    """At least 0 for a reward (0: shown, not counted), at most 0 for a penalty."""
+    gate: str = ""
+    """Component that must score 1 for this one to count; empty for none."""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword-only parameters of the function."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardRow:
+    """What one completion earned."""
+
+    components: dict[str, float | None]
+    """Score of every component (after gates); None where it does not apply."""
+    total: float
+    closed_gates: dict[str, str]
+    """Component -> why its gate was closed."""
+    answer: Answer
+
+
+class RewardSuite:
+    """Reward functions with weights and gates, and the reader they share.
+
+    Args:
+        components: in the order of the columns.
+        reader: "strict" or "tolerant".
+        reasoning: the declared format, "required" or "none".
+
+    Raises:
+        ValueError: unknown function, parameter or gate, a name twice, gates in a circle, a weight of the wrong sign.
+    """
+
+    def __init__(
+        self,
+        components: Iterable[Component],
+        *,
+        reader: ReaderMode = "strict",
+        reasoning: Reasoning = "required",
+    ) -> None:
+        if reader not in ("strict", "tolerant"):
+            raise ValueError(f'reader must be "strict" or "tolerant", got {reader!r}')
+        if reasoning not in ("required", "none"):
+            raise ValueError(f'reasoning must be "required" or "none", got {reasoning!r}')
+        self.reader: ReaderMode = reader
+        self.reasoning: Reasoning = reasoning
+        self._specs: dict[str, RewardSpec] = {}
+        self._components: dict[str, Component] = {}
+        for component in components:
+            spec = find_reward(component.name)
+            if spec.name in self._specs:
+                raise ValueError(f"reward {spec.name!r} is listed twice")
+            _check_component(component, spec)
+            self._specs[spec.name] = spec
+            self._components[spec.name] = component
+        if not any(spec.kind == "reward" for spec in self._specs.values()):
+            raise ValueError("a suite needs at least one reward that is not a penalty")
+        self._gates, self._gate_order = self._resolve_gates()
+
+    @classmethod
+    def from_config(cls, config: Any, *, reasoning: Reasoning = "required") -> RewardSuite:
+        """From a mapping or object with `reader` and `components` (each with name, weight, gate, params)."""
+        components = [
+            Component(
+                name=_get(entry, "name"),
+                weight=float(_get(entry, "weight", 1.0)),
+                gate=_get(entry, "gate", ""),
+                params=dict(_get(entry, "params", {})),
+            )
+            for entry in _get(config, "components")
+        ]
+        return cls(components, reader=_get(config, "reader", "strict"), reasoning=reasoning)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Column names, in order."""
+        return tuple(self._specs)
+
+    def read(self, example: Example, completion: str) -> Answer:
+        """The completion as this suite's reader sees it."""
+        return read_answer(
+            completion,
+            example.question,
+            mode=self.reader,
+            reasoning=self.reasoning,
+            shape=example.volume.shape,
+        )
+
+    def score(self, example: Example, completion: str) -> RewardRow:
+        """Score one completion (a group of one)."""
+        return self.score_group(example, [completion])[0]
+
+    def score_group(self, example: Example, completions: Sequence[str]) -> list[RewardRow]:
+        """Score the G completions of one question.
+
+        Raises:
+            RewardError: a score that is not a number in [0, 1], or None for some completions of the group only.
+        """
+        answers = [self.read(example, completion) for completion in completions]
+        columns = {
+            name: self._column(name, example, completions, answers) for name in self._specs if completions
+        }
+        return [
+            self._row({name: column[g] for name, column in columns.items()}, answer)
+            for g, answer in enumerate(answers)
+        ]
+
+    def trl_reward(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        """TRL's reward signature: `GRPOTrainer(reward_funcs=suite.trl_reward)`.
+
+        The dataset must have a column `example` with `Example`s or their `example_to_dict` form. Completions are
+        strings or TRL's conversational message lists. Samples of one example are scored as one group, so group
+        rewards see the part of the group that is in this process's batch.
+        """
+        if "example" not in columns:
+            raise ValueError(f"the dataset needs a column 'example'; it has {sorted(columns)}")
+        groups: dict[str, tuple[Example, list[int]]] = {}
+        for index, item in enumerate(columns["example"]):
+            example = item if isinstance(item, Example) else example_from_dict(item)
+            groups.setdefault(example.example_id, (example, []))[1].append(index)
+        totals = [0.0] * len(completions)
+        for example, indices in groups.values():
+            rows = self.score_group(example, [_text_of(completions[index]) for index in indices])
+            for index, row in zip(indices, rows, strict=True):
+                totals[index] = row.total
+        return totals
+
+    def _column(
+        self, name: str, example: Example, completions: Sequence[str], answers: Sequence[Answer]
+    ) -> list[float | None]:
+        spec, params = self._specs[name], self._components[name].params
+        shared = {"truth": example.truth, "question": example.question, "example": example}
+        if spec.scope == "group":
+            available = {**shared, "answers": list(answers), "completions": list(completions)}
+            scores = spec.function(*[available[a] for a in spec.arguments], **params)
+            if scores is None:
+                return [None] * len(completions)
+            if not isinstance(scores, Sequence) or len(scores) != len(completions):
+                raise RewardError(
+                    f"group reward {name!r} must return {len(completions)} scores or None "
+                    f"for example {example.example_id}, got {scores!r}"
+                )
+        else:
+            scores = []
+            for completion, answer in zip(completions, answers, strict=True):
+                available = {**shared, "answer": answer, "completion": completion}
+                scores.append(spec.function(*[available[a] for a in spec.arguments], **params))
+        absent = sum(score is None for score in scores)
+        if 0 < absent < len(scores):
+            raise RewardError(
+                f"reward {name!r} returned None for {absent} of {len(scores)} completions of example "
+                f"{example.example_id}; None may depend on question and truth only (return 0.0 for a bad answer)"
+            )
+        return [_checked_score(name, example, score) for score in scores]
+
+    def _row(self, raw: dict[str, float | None], answer: Answer) -> RewardRow:
+        scores, closed = dict(raw), {}
+        for name in self._gate_order:
+            gate = self._gates[name]
+            gate_score = scores[gate]
+            if gate_score is not None and gate_score < 1 and scores[name] is not None:
+                scores[name] = 0.0
+                closed[name] = f"{gate} scored {gate_score:g}{_problems(answer)}"
+        weighted = weight_sum = penalty = 0.0
+        for name, score in scores.items():
+            if score is None:
+                continue
+            weight = self._components[name].weight
+            if self._specs[name].kind == "penalty":
+                penalty += weight * score
+            else:
+                weighted += weight * score
+                weight_sum += weight
+        return RewardRow(scores, (weighted / weight_sum if weight_sum else 0.0) + penalty, closed, answer)
+
+    def _resolve_gates(self) -> tuple[dict[str, str], list[str]]:
+        """Gated column -> gating column, and the gated columns in an order that settles every gate first."""
+        by_given_name = {component.name: name for name, component in self._components.items()}
+        gates: dict[str, str] = {}
+        for name, component in self._components.items():
+            if not component.gate:
+                continue
+            gate = by_given_name.get(component.gate, component.gate)
+            if gate not in self._specs:
+                raise ValueError(
+                    f"reward {name!r} is gated by {component.gate!r}, which is not in the suite: {self.names}"
+                )
+            gates[name] = gate
+        try:
+            order = list(
+                graphlib.TopologicalSorter({name: {gate} for name, gate in gates.items()}).static_order()
+            )
+        except graphlib.CycleError as error:
+            raise ValueError(f"gates run in a circle: {' <- '.join(error.args[1])}") from error
+        return gates, [name for name in order if name in gates]
+
+
+def _check_component(component: Component, spec: RewardSpec) -> None:
+    unknown = sorted(set(component.params) - set(spec.parameters))
+    if unknown:
+        raise ValueError(f"reward {spec.name!r} has no parameter {unknown}; it has {sorted(spec.parameters)}")
+    missing = [
+        name
+        for name, default in spec.parameters.items()
+        if default is inspect.Parameter.empty and name not in component.params
+    ]
+    if missing:
+        raise ValueError(f"reward {spec.name!r} needs a value for {missing} under params")
+    right_sign = component.weight <= 0 if spec.kind == "penalty" else component.weight >= 0
+    if not (right_sign and math.isfinite(component.weight)):
+        expected = "at most 0 (a penalty)" if spec.kind == "penalty" else "at least 0"
+        raise ValueError(f"reward {spec.name!r}: weight must be {expected}, got {component.weight}")
+    if spec.kind == "penalty" and component.gate:
+        raise ValueError(f"penalty {spec.name!r} must not have a gate: closing it would be rewarded")
+
+
+def _checked_score(name: str, example: Example, score: Any) -> float | None:
+    if score is None:
+        return None
+    # NaN fails both comparisons
+    if not isinstance(score, (int, float)) or not 0 <= score <= 1:
+        raise RewardError(
+            f"reward {name!r} returned {score!r} for example {example.example_id}; it must be a number in [0, 1]"
+        )
+    return float(score)
+
+
+def _problems(answer: Answer) -> str:
+    parts = {"format": answer.format_problem, "grades": answer.grades_problem, "bbox": answer.bbox_problem}
+    found = [f"{part}: {problem.value}" for part, problem in parts.items() if problem is not Problem.NONE]
+    return f" ({', '.join(found)})" if found else ""
+
+
+def _text_of(completion: Any) -> str:
+    if isinstance(completion, str):
+        return completion
+    content = completion[-1]["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+_REQUIRED = object()
+
+
+def _get(source: Any, key: str, default: Any = _REQUIRED) -> Any:
+    value = source.get(key, default) if isinstance(source, Mapping) else getattr(source, key, default)
+    if value is _REQUIRED:
+        raise ValueError(f"reward configuration lacks {key!r}: {source!r}")
+    return value
