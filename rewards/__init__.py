@@ -9,7 +9,7 @@ from rewards.boxes import (
     iou_array,
     iou_matrix,
 )
-from rewards.functions import box_giou, box_iou, moaks_accuracy, output_format, soft_overlong
+from rewards.functions import box_giou, box_iou, moaks_accuracy, output_format, rule_violations, soft_overlong
 from rewards.matching import match_question
 from rewards.ontology import BENCHMARK_QUESTION_IDS, QUESTIONS, Attribute, Question
 from rewards.reading import format_answer, read_answer, read_truth
@@ -57,5 +57,6 @@ __all__ = [
     "read_truth",
     "registered",
     "reward",
+    "rule_violations",
     "soft_overlong",
 ]

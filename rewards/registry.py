@@ -148,8 +148,13 @@ def _from_file(path: Path, function_name: str) -> RewardSpec:
         assert module_spec is not None
         assert module_spec.loader is not None
         module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
+        # listed before it runs, as the import system does: dataclasses look their module up
         sys.modules[module_name] = module
+        try:
+            module_spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[module_name]
+            raise
     module = sys.modules[module_name]
     function = getattr(module, function_name, None)
     for spec in _REGISTRY.values():

@@ -13,11 +13,11 @@ from __future__ import annotations
 import graphlib
 import inspect
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import rewards.functions as _functions  # noqa: F401  registers the package's own
 from rewards.reading import read_answer
 from rewards.records import example_from_dict
 from rewards.registry import RewardSpec, find_reward
@@ -131,10 +131,10 @@ class RewardSuite:
         Raises:
             RewardError: a score that is not a number in [0, 1], or None for some completions of the group only.
         """
+        if not completions:
+            return []
         answers = [self.read(example, completion) for completion in completions]
-        columns = {
-            name: self._column(name, example, completions, answers) for name in self._specs if completions
-        }
+        columns = {name: self._column(name, example, completions, answers) for name in self._specs}
         return [
             self._row({name: column[g] for name, column in columns.items()}, answer)
             for g, answer in enumerate(answers)
@@ -252,12 +252,13 @@ def _check_component(component: Component, spec: RewardSpec) -> None:
 def _checked_score(name: str, example: Example, score: Any) -> float | None:
     if score is None:
         return None
+    value = float(score) if isinstance(score, (float, int, numbers.Real)) else math.nan
     # NaN fails both comparisons
-    if not isinstance(score, (int, float)) or not 0 <= score <= 1:
+    if not 0 <= value <= 1:
         raise RewardError(
             f"reward {name!r} returned {score!r} for example {example.example_id}; it must be a number in [0, 1]"
         )
-    return float(score)
+    return value
 
 
 def _problems(answer: Answer) -> str:

@@ -54,7 +54,10 @@ class Example:
     """Time point as the dataset writes it: `00M`, `12M`, ..."""
     side: Side
     reasoning: str = ""
-    """The dataset's reasoning text: a fixed template per question and grade. It leaks the grade: never prompt with it."""
+    """The dataset's reasoning text, a fixed template per question and grade.
+
+    It leaks the grade: never put it in a prompt.
+    """
 
 
 class Problem(Enum):
