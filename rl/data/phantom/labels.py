@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import cc3d
 import numpy as np
 
 from rewards.boxes import Box3D
 from rewards.ontology import QUESTIONS
+from rl.data.boxes import Convention, mask_box
 
 BONE_REGIONS = tuple(QUESTIONS[i].region for i in range(1, 16))
 CARTILAGE_REGIONS = tuple(QUESTIONS[i].region for i in range(16, 30))
@@ -41,6 +41,10 @@ _NAMES = (
 
 LABELS: dict[str, int] = {name: index for index, name in enumerate(_NAMES, start=1)}
 """Region name -> uint8 id in the mask; 0 is background."""
+
+
+TEXT_ORDER = Convention(axes=(2, 0, 1), flip=(False, False, False), inclusive=True)
+"""The phantom writes boxes in the default convention: slice is file axis 2, x axis 0, y axis 1."""
 
 
 def _question_regions() -> dict[int, tuple[str, ...]]:
@@ -82,14 +86,7 @@ def region_box(labels: np.ndarray, question_id: int) -> Box3D:
     Raises:
         ValueError: when the region is empty in this mask.
     """
-    mask = np.isin(labels, question_labels(question_id))
-    if not mask.any():
+    box = mask_box(labels, question_labels(question_id), TEXT_ORDER)
+    if box is None:
         raise ValueError(f"the region of question {question_id} is empty in this mask")
-    corner = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-    window = tuple(slice(c[0], c[-1] + 1) for c in corner)
-    largest = cc3d.largest_k(np.ascontiguousarray(mask[window]), k=1, connectivity=26) > 0
-    ends: list[int] = []
-    for axis in (2, 0, 1):
-        hit = np.flatnonzero(largest.any(axis=tuple({0, 1, 2} - {axis}))) + window[axis].start
-        ends += [int(hit[0]), int(hit[-1]) + 1]
-    return Box3D(*ends)
+    return box

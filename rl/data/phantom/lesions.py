@@ -16,8 +16,8 @@ CARTILAGE_SIZE = {1: (0.07, 0.095), 2: (0.38, 0.60), 3: (0.82, 0.96)}
 """Share of the surface that is altered (MOAKS: under 10, 10-75, over 75 %)."""
 CARTILAGE_DEPTH = {1: (0.06, 0.095), 2: (0.35, 0.55), 3: (0.84, 1.0)}
 """Share of the defect that is full thickness (MOAKS: under 10, 10-75, over 75 %)."""
-BLOB_GAP_MM = 3.0
-"""Marrow left between two separate lesions."""
+BLOB_GAP_MM = {1: 3.0, 2: 3.0, 3: 2.2}
+"""Marrow left between two separate lesions, by size: over 1.1 pixels, so that neighbours never touch."""
 
 
 def bone_marrow_lesion(
@@ -38,10 +38,11 @@ def bone_marrow_lesion(
     cuts = np.quantile(along, np.linspace(0, 1, number + 1))
     target = rng.uniform(*BML_SIZE[size]) * a.size / number
     cystic = 1 - rng.uniform(*BML_SHARE[share])
+    gap = BLOB_GAP_MM[size]
     lesion, cyst = np.zeros(a.size, bool), np.zeros(a.size, bool)
     for i in range(number):
-        low = cuts[i] + (BLOB_GAP_MM / 2 if i else -1)
-        high = cuts[i + 1] - (BLOB_GAP_MM / 2 if i + 1 < number else -1)
+        low = cuts[i] + (gap / 2 if i else -1)
+        high = cuts[i + 1] - (gap / 2 if i + 1 < number else -1)
         band = np.flatnonzero((along > low) & (along < high))
         score = sum((_centred(axis[band], rng)) ** 2 for axis in (a, s, side))
         order = band[np.argsort(score, kind="stable")]

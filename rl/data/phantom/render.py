@@ -18,9 +18,16 @@ from rl.data.phantom.anatomy import (
     SIZE_OF_DEFECT,
     Knee,
 )
-from rl.data.phantom.labels import LABELS, QUESTION_REGIONS
+from rl.data.phantom.labels import (
+    BONE_REGIONS,
+    CARTILAGE_REGIONS,
+    LABELS,
+    MENISCUS_SEGMENTS,
+    QUESTION_REGIONS,
+)
 from rl.data.phantom.template import (
     CARTILAGE_MM,
+    EXTRUSION_MM,
     SOFT_REGIONS,
     Template,
     ball,
@@ -43,8 +50,13 @@ EFFUSION_SHARE = (0.06, 0.33, 0.63, 0.95)
 """Share of the region that is bright, by grade."""
 
 # Brightness as in fat-suppressed DESS, 1 is fluid.
-_MARROW, _CORTEX, _CARTILAGE, _FLUID, _MENISCUS, _LIGAMENT = 0.34, 0.06, 0.66, 1.0, 0.08, 0.12
-_FAT, _MUSCLE, _HOFFA, _SYNOVIUM, _BML = 0.22, 0.42, 0.2, 0.3, 0.68
+_MARROW, _CORTEX, _CARTILAGE, _FLUID, _MENISCUS, _LIGAMENT = 0.34, 0.06, 0.66, 1.0, 0.06, 0.12
+_FAT, _MUSCLE, _HOFFA, _JOINT, _BML = 0.28, 0.42, 0.26, 0.5, 0.68
+
+_MAY_HIDE = np.ones(256, bool)
+_MAY_HIDE[[LABELS[name] for name in (*BONE_REGIONS, *MENISCUS_SEGMENTS)]] = False
+_MAY_HIDE[[LABELS[f"{name} cartilage"] for name in CARTILAGE_REGIONS]] = False
+"""By label: whether a cyst may be painted over it."""
 
 
 @overload
@@ -128,7 +140,23 @@ def _healthy(t: Template, knee: Knee) -> np.ndarray:
     image = np.where(np.isnan(image), _surroundings(t), image)
     for bone in (t.femur, t.tibia, t.patella):
         image[(bone <= 0) & (bone > -1.6)] = _CORTEX
+    _blend_rim(t, knee, image)
     return image
+
+
+def _blend_rim(t: Template, knee: Knee, image: np.ndarray) -> None:
+    """Partial volume of the meniscal bodies: a slice that the outer edge cuts shows the share it covers."""
+    side, width = t.grid.l[0, 0], t.grid.slice_mm
+    for name, sign, question_id in (("medial", -1, 45), ("lateral", 1, 47)):
+        edge = RIM_MM + EXTRUSION_MM[knee.grades[question_id]["grade"]]
+        body = t.labels == LABELS[f"{name} meniscus body"]
+        inside = np.flatnonzero(body.any((0, 1)))
+        outer = int(inside[np.argmax(np.abs(side[inside]))])
+        nxt = outer + (1 if side[-1] * sign > 0 else -1)
+        for k, profile in ((outer, body[:, :, outer]), (nxt, body[:, :, outer])):
+            if 0 <= k < side.size:
+                covered = np.clip((edge - (sign * side[k] - width / 2)) / width, 0, 1)
+                image[profile, k] = covered * _MENISCUS + (1 - covered) * _JOINT
 
 
 def _surroundings(t: Template) -> np.ndarray:
@@ -139,8 +167,10 @@ def _surroundings(t: Template) -> np.ndarray:
     muscle = (g.a > 38) | ((g.s < -46) & (np.abs(g.l) < 44)) | ((g.s > 40) & (np.abs(g.l) < 44) & (g.a > -18))
     tissue = np.where(muscle & (leg < -9), _MUSCLE + 0.05 * septa, _FAT + 0.02 * septa)
     joint = (t.femur < 9) & (t.tibia < 9)
-    tissue = np.where(joint, 0.5, tissue)
-    tissue = np.where((t.femur < 8) & (t.patella < 8) & (g.a > -54), 0.5, tissue)
+    joint |= (t.femur < 8) & (t.patella < 8) & (g.a > -54)
+    # The coronary recess around the rim: an extruded meniscus shows dark against it.
+    joint |= (np.abs(g.l) > RIM_MM) & (g.s > -6) & (g.s < 12) & (g.a > -18) & (g.a < 21)
+    tissue = np.where(joint, _JOINT, tissue)
     tissue = np.where(leg > -2, 0.45, tissue)
     return np.where(leg > 0, 0.01, tissue).astype(np.float32)
 
@@ -245,12 +275,16 @@ class _Painter:
             return
         index, a, s, side = self._at(QUESTION_REGIONS[question_id][0])
         ua, us, ul = (_unit(v) for v in (a, s, side))
-        inner = _unit(np.abs(side)) if "body" in QUESTIONS[question_id].region else 1 - _unit(np.abs(a))
-        horizontal, vertical = np.abs(us - 0.5) < 0.16, np.abs(ua - 0.5) < 0.12
-        inner = inner if "body" not in QUESTIONS[question_id].region else 1 - inner
+        horizontal = np.abs(us - 0.5) < 0.16
+        if "body" in QUESTIONS[question_id].region:  # seen as a slab in two slices
+            radial, vertical = np.abs(ua - 0.5) < 0.1, np.abs(np.abs(ua - 0.5) - 0.25) < 0.07
+            inner = 1 - np.abs(2 * ua - 1)
+        else:  # seen as a wedge in three to four slices
+            radial, vertical = np.abs(ul - 0.5) < 0.22, np.abs(ua - 0.5) < 0.12
+            inner = 1 - _unit(np.abs(a))
         pattern = {
             1: ((np.abs(us - 0.5) < 0.3) & (np.abs(ua - 0.5) < 0.3), 0.4),
-            2: (np.abs(ul - 0.5) < 0.22, 0.85),
+            2: (radial, 0.85),
             3: (horizontal, 0.9),
             4: (vertical, 0.9),
             5: (horizontal | vertical, 0.9),
@@ -266,14 +300,16 @@ class _Painter:
     def _meniscal_cyst(self, question_id: int, grades: Mapping[str, int]) -> None:
         if not grades["presence"] or grades["tear_location"] == 3:
             return
-        sign = -1 if question_id == 54 else 1
-        centre = ((-40, 2, 26 * sign), (2, 3, 47 * sign), (44, 4, 26 * sign))[grades["tear_location"]]
-        self._ball(centre, (6.5, 6.5, 8.0), MENISCUS_CYST, _FLUID)
+        sign, body = (-1, 45) if question_id == 54 else (1, 47)
+        rim = 47 + 0.3 * EXTRUSION_MM[self.knee.grades[body]["grade"]]
+        centre = ((-41, 2, 26 * sign), (2, 3, rim * sign), (45, 4, 26 * sign))[grades["tear_location"]]
+        self._ball(centre, (7.5, 8.0, 9.0), MENISCUS_CYST, _FLUID)
 
     def _ball(
         self, centre: tuple[float, float, float], axes: tuple[float, float, float], code: int, value: float
     ) -> None:
-        inside = ball(self.t.grid, centre, axes) < 0
+        """Paint an ellipsoid where it does not hide bone, cartilage or meniscus regions."""
+        inside = (ball(self.t.grid, centre, axes) < 0) & _MAY_HIDE[self.t.labels]
         self.map[inside], self.image[inside] = code, value
 
     def _fill(self, name: str, code: int, value: float, middle: tuple[str, float]) -> None:
@@ -287,7 +323,7 @@ class _Painter:
         if grades["Complete Tear"]:
             self._fill(name, LIGAMENT_TEAR, 0.95, middle=("a", 0.36))
         if grades["Associated with BML/cyst at site of insertion or origin"]:
-            centre = (4.0, -30.0, 5.0) if question_id == 60 else (-6.0, -24.0, -5.0)
+            centre = (3.0, -31.0, 4.0) if question_id == 60 else (-3.0, -25.0, -5.0)
             self._ball(centre, (6.0, 6.0, 6.0), LIGAMENT_BML, 0.95)
         if grades.get("ACL Repair"):
             t = self.t

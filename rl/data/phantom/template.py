@@ -44,7 +44,7 @@ OSTEOPHYTE_MM = (0.0, 4.5, 8.0, 12.0)
 RIM_SPUR_MM = (0.0, 8.0, 10.0, 13.0)
 """Protrusion of a rim spur across slices by grade."""
 
-EXTRUSION_MM = (0.5, 2.5, 4.5, 9.0)
+EXTRUSION_MM = (0.0, 2.8, 4.8, 9.0)
 """Displacement of a meniscus segment by grade (MOAKS: under 2, 2-3, 3-5, over 5 mm)."""
 
 
@@ -86,7 +86,7 @@ def make_grid(knee: Knee, shape: tuple[int, int, int], fov_mm: tuple[float, floa
     angle = np.deg2rad(knee.rotation_deg)
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     # Slices run towards the patient's right: lateral on a right knee, medial on a left one.
-    z = (z if knee.side == "right" else -z)[None, None, :] - dl
+    z = (z if knee.side == "right" else z[::-1])[None, None, :] - dl
     k = np.float32(1 / knee.scale)
     pixel = max(fov_mm[0] / shape[0], fov_mm[1] / shape[1])
     slice_mm = fov_mm[2] / shape[2]
@@ -292,8 +292,9 @@ def _label_menisci(t: Template, knee: Knee) -> None:
         anterior, body = (EXTRUSION_MM[knee.grades[i]["grade"]] for i in ids[:2])
         tall = bool(knee.grades[ids[2]]["presence"])
         segments = meniscus_segments(t, sign, anterior, body, tall)
+        cruciates = np.isin(t.labels, (LABELS["ACL"], LABELS["PCL"]))
         for part, where in segments.items():
-            _put(t.labels, f"{compartment} meniscus {part}", where)
+            _put(t.labels, f"{compartment} meniscus {part}", where & ~cruciates)
 
 
 def meniscus_segments(
