@@ -29,7 +29,9 @@ CODE = (boxes, items, layout, nifti, rows, rewards.boxes, rewards.matching, rewa
 """Modules whose change may change a row."""
 
 
-def cache_key(settings: object, texts: Sequence[Path], root: Path, volumes: Sequence[SplitRow], masks: bool) -> str:
+def cache_key(
+    settings: object, texts: Sequence[Path], root: Path, volumes: Sequence[SplitRow], masks: bool
+) -> str:
     """Hash of all that rows are made from, so that a changed input never meets a stale table.
 
     Args:
@@ -84,7 +86,8 @@ def _build(folder: Path, made: Iterator[Row]) -> None:
         _move_into_place(temporary, folder)
     except OSError as error:
         raise OSError(
-            error.errno, f"cannot write the table of examples under {folder.parent}: {error}; free space or set run_dir"
+            error.errno,
+            f"cannot write the table of examples under {folder.parent}: {error}; free space or set run_dir",
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

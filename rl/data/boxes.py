@@ -61,12 +61,14 @@ def parse_convention(config: BoxConvention) -> Convention:
     flipped = [name.strip() for name in config.flip.split(",") if name.strip()]
     if any(name not in AXIS_NAMES for name in flipped) or len(set(flipped)) != len(flipped):
         raise ConfigError(
-            f"data.box_convention.flip is {config.flip!r}; list any of slice, x, y once, e.g. \"x,y\", or leave it empty"
+            f'data.box_convention.flip is {config.flip!r}; list any of slice, x, y once, e.g. "x,y", or leave it empty'
         )
     if config.end not in ("inclusive", "exclusive"):
         raise ConfigError(f'data.box_convention.end is {config.end!r}; write "inclusive" or "exclusive"')
     s, x, y = axes
-    return Convention((s, x, y), ("slice" in flipped, "x" in flipped, "y" in flipped), config.end == "inclusive")
+    return Convention(
+        (s, x, y), ("slice" in flipped, "x" in flipped, "y" in flipped), config.end == "inclusive"
+    )
 
 
 def box_from_text(numbers: Sequence[int], shape: Shape, convention: Convention) -> Box3D:

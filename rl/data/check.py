@@ -84,11 +84,15 @@ def require_best_convention(config: Config) -> None:
         return
     pairs = _probe(config)
     if not pairs:
-        warnings.warn("no text box could be compared with a mask: data.box_convention is unverified", stacklevel=2)
+        warnings.warn(
+            "no text box could be compared with a mask: data.box_convention is unverified", stacklevel=2
+        )
         return
     verdict = judge(rank_conventions(pairs), parse_convention(config.data.box_convention))
     if verdict is not None:
-        raise DataError(Fault.CONVENTION, f"training refused: {verdict}. `reasonknee data check` prints the ranking")
+        raise DataError(
+            Fault.CONVENTION, f"training refused: {verdict}. `reasonknee data check` prints the ranking"
+        )
 
 
 def _probe(config: Config) -> list[BoxPair]:
@@ -192,7 +196,9 @@ def _settle_convention(report: CheckReport, checker: ItemChecker, needed: bool) 
             "question_files/question_subregion_mapping.json"
         )
     if not needed:
-        report.notes.append("data.box_source=mask: boxes come from the masks, the text boxes are ranked for information")
+        report.notes.append(
+            "data.box_source=mask: boxes come from the masks, the text boxes are ranked for information"
+        )
         return
     if verdict is None:
         report.faults += checker.misfits

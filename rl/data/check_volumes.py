@@ -64,10 +64,14 @@ def _read_header(root: Path, row: SplitRow) -> CheckedVolume:
         volume.faults.append(_unnamed_mask(row))
     elif not (root / row.mask).is_file():
         volume.faults.append(
-            DataError(Fault.MISSING_MASK, f"{row.place}: {root / row.mask} does not exist; place the file there")
+            DataError(
+                Fault.MISSING_MASK, f"{row.place}: {root / row.mask} does not exist; place the file there"
+            )
         )
     return volume
 
 
 def _unnamed_mask(row: SplitRow) -> DataError:
-    return DataError(Fault.MISSING_MASK, f"{row.place}: label_filepath is empty; name the mask of {row.image}")
+    return DataError(
+        Fault.MISSING_MASK, f"{row.place}: label_filepath is empty; name the mask of {row.image}"
+    )

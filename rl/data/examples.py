@@ -18,6 +18,7 @@ from rl.data.arrow_cache import cache_key, cached_table
 from rl.data.layout import DataError, Fault, Split, data_root, question_label_files, read_split, split_file
 from rl.data.rows import Row, RowBuilder
 
+
 class Examples(Sequence[Example]):
     """The examples of a file in order, built from Arrow rows one at a time.
 
@@ -107,7 +108,12 @@ def load_examples(config: Config, split: Split, file: str | None = None) -> Exam
     root = data_root(config)
     if config.data.box_source not in ("text", "mask"):
         raise ConfigError(f'data.box_source is {config.data.box_source!r}; write "text" or "mask"')
-    name = file or {"train": config.data.train_file, "val": config.data.val_file, "test": config.data.test_file}[split]
+    name = (
+        file
+        or {"train": config.data.train_file, "val": config.data.val_file, "test": config.data.test_file}[
+            split
+        ]
+    )
     path = root / "generate_data" / name
     sources = read_split(root, split)
     builder = RowBuilder(config, root, split, sources)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -65,10 +65,13 @@ def read_items(file: Path) -> Iterator[Item | DataError]:
                 yield _item(file, index, value)
     except ijson.JSONError as error:
         raise DataError(
-            Fault.ITEM, f"{file}: damaged JSON after {index + 1} items ({error}); copy or generate the file again"
+            Fault.ITEM,
+            f"{file}: damaged JSON after {index + 1} items ({error}); copy or generate the file again",
         ) from error
     if index < 0:
-        raise DataError(Fault.ITEM, f"{file} holds no items; expected a JSON list of objects with {', '.join(ITEM_KEYS)}")
+        raise DataError(
+            Fault.ITEM, f"{file} holds no items; expected a JSON list of objects with {', '.join(ITEM_KEYS)}"
+        )
 
 
 def _item(file: Path, index: int, value: Any) -> Item | DataError:
@@ -79,8 +82,14 @@ def _item(file: Path, index: int, value: Any) -> Item | DataError:
         fields["final_diagnosis"] = json.dumps(fields["final_diagnosis"])
     for key in ITEM_KEYS:
         if not isinstance(fields.get(key), str):
-            problem = f"{key!r} is missing" if key not in fields else f"{key!r} is a {type(fields[key]).__name__}, not text"
-            return DataError(Fault.ITEM, f"{file} item {index}: {problem}; an item holds {', '.join(ITEM_KEYS)}")
+            problem = (
+                f"{key!r} is missing"
+                if key not in fields
+                else f"{key!r} is a {type(fields[key]).__name__}, not text"
+            )
+            return DataError(
+                Fault.ITEM, f"{file} item {index}: {problem}; an item holds {', '.join(ITEM_KEYS)}"
+            )
     return Item(file, index, *(fields[key] for key in ITEM_KEYS))
 
 
@@ -115,23 +124,26 @@ def find_question(item: Item) -> Question:
     try:
         return recognise(item.prompt)
     except ValueError as error:
-        raise DataError(Fault.QUESTION, f"{item.place}: {error} (prompt begins {item.prompt[:80]!r})") from error
+        raise DataError(
+            Fault.QUESTION, f"{item.place}: {error} (prompt begins {item.prompt[:80]!r})"
+        ) from error
 
 
 def find_truth(item: Item, question: Question) -> Truth:
     """Grades and text box of an item. The box still carries the dataset's own six numbers (`Box3D.to_text`).
 
+    Where `final_diagnosis` holds the grades only, the box is taken from `answer`.
+
     Raises:
         DataError: `final_diagnosis` cannot be read as this question's answer.
     """
     try:
-        return read_truth(item.final_diagnosis, question)
+        truth = read_truth(item.final_diagnosis, question)
+        if truth.bbox is None and '"bbox"' in item.answer:
+            truth = replace(truth, bbox=read_truth(item.answer, question).bbox)
     except ValueError as error:
-        raise DataError(
-            Fault.TRUTH,
-            f"{item.place}: final_diagnosis of question {question.question_id} ({question.entity}): {error}; "
-            f"it is {item.final_diagnosis[:120]!r}",
-        ) from error
+        raise DataError(Fault.TRUTH, f"{item.place}: {error}; correct the item, it is not skipped") from error
+    return truth
 
 
 class TruthLedger:

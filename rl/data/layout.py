@@ -104,7 +104,9 @@ def data_root(config: Config) -> Path:
     """
     root = Path(config.data.root).expanduser()
     if not root.is_dir():
-        raise ConfigError(f"data.root is {root}, which is not a folder: point it at the released `data` folder")
+        raise ConfigError(
+            f"data.root is {root}, which is not a folder: point it at the released `data` folder"
+        )
     return root
 
 
@@ -155,7 +157,9 @@ def scan_split(root: Path, split: Split) -> tuple[list[SplitRow], list[DataError
     """
     file = split_file(root, split)
     if not file.is_file():
-        raise DataError(Fault.MISSING_FILE, f"split file {file} is missing; is data.root={root} the right folder?")
+        raise DataError(
+            Fault.MISSING_FILE, f"split file {file} is missing; is data.root={root} the right folder?"
+        )
     rows: list[SplitRow] = []
     errors: list[DataError] = []
     lines_of: dict[str, int] = {}
@@ -168,7 +172,8 @@ def scan_split(root: Path, split: Split) -> tuple[list[SplitRow], list[DataError
                 for key in (row.volume_id, row.image):
                     if key in lines_of:
                         raise DataError(
-                            Fault.ROW, f"{row.place}: {key} is already on line {lines_of[key]}; remove one of the rows"
+                            Fault.ROW,
+                            f"{row.place}: {key} is already on line {lines_of[key]}; remove one of the rows",
                         )
             except DataError as error:
                 errors.append(error)
@@ -192,13 +197,17 @@ def _check_header(file: Path, header: tuple[str, ...]) -> None:
         )
         if text
     )
-    raise DataError(Fault.HEADER, f"{file}: wrong header ({problem}). The first line must be {','.join(HEADER)}")
+    raise DataError(
+        Fault.HEADER, f"{file}: wrong header ({problem}). The first line must be {','.join(HEADER)}"
+    )
 
 
 def _parse_row(file: Path, line: int, cells: list[str]) -> SplitRow:
     place = f"{file}:{line}"
     if len(cells) != len(HEADER):
-        raise DataError(Fault.ROW, f"{place}: {len(cells)} values for {len(HEADER)} columns: {','.join(cells)[:120]!r}")
+        raise DataError(
+            Fault.ROW, f"{place}: {len(cells)} values for {len(HEADER)} columns: {','.join(cells)[:120]!r}"
+        )
     values = {name: cell.strip() for name, cell in zip(HEADER, cells, strict=True)}
     for name in ("patient_id", "time", "study_folder", "series_folder", "image_filepath"):
         if not values[name]:
@@ -230,7 +239,9 @@ def read_question_file(path: Path) -> dict[int, str]:
     texts: dict[int, str] = {}
     for key, text in _read_json_object(path).items():
         if not (key.isdecimal() and int(key) in QUESTIONS):
-            raise DataError(Fault.MAPPING, f"{path}: key {key!r} is not a question id; ids run from 1 to {len(QUESTIONS)}")
+            raise DataError(
+                Fault.MAPPING, f"{path}: key {key!r} is not a question id; ids run from 1 to {len(QUESTIONS)}"
+            )
         if not isinstance(text, str):
             raise DataError(Fault.MAPPING, f"{path}: question {key} is a {type(text).__name__}, not text")
         try:
@@ -257,7 +268,9 @@ def question_ids(config: Config) -> tuple[int, ...]:
     if config.data.question_ids:
         unknown = [i for i in config.data.question_ids if i not in QUESTIONS]
         if unknown:
-            raise ConfigError(f"data.question_ids names {unknown}; questions are numbered 1 to {len(QUESTIONS)}")
+            raise ConfigError(
+                f"data.question_ids names {unknown}; questions are numbered 1 to {len(QUESTIONS)}"
+            )
         return tuple(sorted(set(config.data.question_ids)))
     file = data_root(config) / "question_files" / "questions.json"
     return tuple(sorted(read_question_file(file))) if file.is_file() else BENCHMARK_QUESTION_IDS
@@ -265,7 +278,10 @@ def question_ids(config: Config) -> tuple[int, ...]:
 
 def question_label_files(root: Path) -> tuple[Path, Path]:
     """The two files that say which mask labels a question's region has."""
-    return root / "question_files" / "question_subregion_mapping.json", root / "question_files" / "labels.json"
+    return (
+        root / "question_files" / "question_subregion_mapping.json",
+        root / "question_files" / "labels.json",
+    )
 
 
 def read_question_labels(root: Path) -> dict[int, tuple[int, ...]]:
@@ -282,7 +298,9 @@ def read_question_labels(root: Path) -> dict[int, tuple[int, ...]]:
     labels: dict[int, tuple[int, ...]] = {}
     for key, value in _read_json_object(path).items():
         if not (key.isdecimal() and int(key) in QUESTIONS):
-            raise DataError(Fault.MAPPING, f"{path}: key {key!r} is not a question id; ids run from 1 to {len(QUESTIONS)}")
+            raise DataError(
+                Fault.MAPPING, f"{path}: key {key!r} is not a question id; ids run from 1 to {len(QUESTIONS)}"
+            )
         entries = value if isinstance(value, list) else [] if value is None else [value]
         numbers = [_label_number(entry, names) for entry in entries]
         if None in numbers:
@@ -312,7 +330,8 @@ def _label_numbers(path: Path) -> dict[str, int]:
             numbers[value] = int(key)
         else:
             raise DataError(
-                Fault.MAPPING, f"{path}: entry {key!r}: {value!r} is neither name -> number nor number -> name"
+                Fault.MAPPING,
+                f"{path}: entry {key!r}: {value!r} is neither name -> number nor number -> name",
             )
     return numbers
 

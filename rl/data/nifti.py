@@ -96,7 +96,8 @@ def _check_finite(voxels: np.ndarray, path: Path, place: str) -> None:
 def _open(path: Path, place: str, missing: Fault, unreadable: Fault) -> Any:
     if not path.is_file():
         raise DataError(
-            missing, f"{place}: {path} does not exist; place the file there or remove the row (nothing is replaced)"
+            missing,
+            f"{place}: {path} does not exist; place the file there or remove the row (nothing is replaced)",
         )
     try:
         return nib.load(path)
@@ -122,7 +123,9 @@ def _header(image: Any, path: Path, place: str) -> Header:
         )
     spacing = tuple(float(z) for z in image.header.get_zooms()[:3])
     if not all(np.isfinite(z) and z > 0 for z in spacing):
-        raise DataError(Fault.UNREADABLE_VOLUME, f"{place}: {path} has voxel size {spacing} mm; it must be positive")
+        raise DataError(
+            Fault.UNREADABLE_VOLUME, f"{place}: {path} has voxel size {spacing} mm; it must be positive"
+        )
     return Header((shape[0], shape[1], shape[2]), (spacing[0], spacing[1], spacing[2]))
 
 
@@ -138,7 +141,8 @@ def _check_mask_header(mask: Any, path: Path, image: Any, image_path: Path, plac
         return
     if mask.shape != image.shape:
         raise DataError(
-            Fault.MASK_MISMATCH, f"{place}: mask {path} has shape {mask.shape}, its image {image_path} {image.shape}"
+            Fault.MASK_MISMATCH,
+            f"{place}: mask {path} has shape {mask.shape}, its image {image_path} {image.shape}",
         )
     if not np.allclose(mask.affine, image.affine, rtol=1e-4, atol=1e-2):
         raise DataError(

@@ -62,7 +62,8 @@ def rank_conventions(pairs: Sequence[BoxPair]) -> list[RankedConvention]:
     order = sorted(range(len(ious)), key=lambda i: (-ious[i].mean(), i))
     best = ious[order[0]]
     return [
-        RankedConvention(ALL_CONVENTIONS[i], float(ious[i].mean()), bool(np.array_equal(ious[i], best))) for i in order
+        RankedConvention(ALL_CONVENTIONS[i], float(ious[i].mean()), bool(np.array_equal(ious[i], best)))
+        for i in order
     ]
 
 
@@ -92,11 +93,15 @@ def judge(ranking: Sequence[RankedConvention], configured: Convention) -> str | 
 def configured_values(convention: Convention) -> tuple[str, str, str]:
     """A convention as the three values of `data.box_convention`."""
     s, x, y = convention.axes
-    flip = ",".join(name for name, flipped in zip(("slice", "x", "y"), convention.flip, strict=True) if flipped)
+    flip = ",".join(
+        name for name, flipped in zip(("slice", "x", "y"), convention.flip, strict=True) if flipped
+    )
     return f"slice={s},x={x},y={y}", flip, "inclusive" if convention.inclusive else "exclusive"
 
 
-def _ious(numbers_N_3_2: np.ndarray, truth_N_3_2: np.ndarray, shapes_N_3: np.ndarray, c: Convention) -> np.ndarray:
+def _ious(
+    numbers_N_3_2: np.ndarray, truth_N_3_2: np.ndarray, shapes_N_3: np.ndarray, c: Convention
+) -> np.ndarray:
     """IoU of each text box, read by a convention, with its mask box. An empty or inverted box scores 0."""
     read_N_3_2 = np.empty_like(numbers_N_3_2)
     for position, axis in enumerate(c.axes):
@@ -108,5 +113,7 @@ def _ious(numbers_N_3_2: np.ndarray, truth_N_3_2: np.ndarray, shapes_N_3: np.nda
         read_N_3_2[..., 0], truth_N_3_2[..., 0]
     )
     overlap_N = np.clip(overlap_N_3, 0, None).prod(axis=1)
-    volumes_N = [np.clip(box[..., 1] - box[..., 0], 0, None).prod(axis=1) for box in (read_N_3_2, truth_N_3_2)]
+    volumes_N = [
+        np.clip(box[..., 1] - box[..., 0], 0, None).prod(axis=1) for box in (read_N_3_2, truth_N_3_2)
+    ]
     return overlap_N / (volumes_N[0] + volumes_N[1] - overlap_N)

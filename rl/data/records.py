@@ -14,7 +14,7 @@ def completion_text(example: Example, reasoning: Reasoning) -> str:
     convention the dataset's own text follows; `data.box_convention` was undone when the example was read.
 
     Raises:
-        DataError: reasoning is required and the item has none.
+        DataError: reasoning is required and the item has none, or none that the format can hold.
     """
     if reasoning == "required" and not example.reasoning:
         raise DataError(
@@ -23,4 +23,7 @@ def completion_text(example: Example, reasoning: Reasoning) -> str:
             "reasoning or set model.reasoning=none",
         )
     thought = example.reasoning if reasoning == "required" else None
-    return format_answer(example.question, example.truth.grades, example.truth.bbox, reasoning=thought)
+    try:
+        return format_answer(example.question, example.truth.grades, example.truth.bbox, reasoning=thought)
+    except ValueError as error:
+        raise DataError(Fault.ITEM, f"item {example.example_id}: {error}") from error

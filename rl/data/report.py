@@ -81,7 +81,11 @@ def print_report(report: CheckReport, console: Console | None = None) -> None:
     console.print(_files_table(report))
     console.print(
         f"Read {report.volumes_opened} of {report.volumes} volumes whole, with their masks"
-        + ("." if report.volumes_opened == report.volumes else "; of the others the header only (max volumes).")
+        + (
+            "."
+            if report.volumes_opened == report.volumes
+            else "; of the others the header only (max volumes)."
+        )
     )
     if report.ranking:
         console.print(_ranking_table(report))
@@ -90,12 +94,16 @@ def print_report(report: CheckReport, console: Console | None = None) -> None:
     _print_faults(report, console)
     kinds = len({error.fault for error in report.faults})
     console.print(
-        "[bold green]No errors.[/]" if report.ok else f"[bold red]{len(report.faults)} errors of {kinds} kinds.[/]"
+        "[bold green]No errors.[/]"
+        if report.ok
+        else f"[bold red]{len(report.faults)} errors of {kinds} kinds.[/]"
     )
 
 
 def _splits_table(report: CheckReport) -> Table:
-    table = Table("split", "rows", "patients", "visits", "sound volumes", title="Splits", title_justify="left")
+    table = Table(
+        "split", "rows", "patients", "visits", "sound volumes", title="Splits", title_justify="left"
+    )
     for split, counts in report.splits.items():
         table.add_row(split, *map(str, (counts.rows, counts.patients, counts.visits, counts.volumes)))
     return table
@@ -112,7 +120,12 @@ def _files_table(report: CheckReport) -> Table:
 
 def _ranking_table(report: CheckReport) -> Table:
     table = Table(
-        "rank", "mean IoU", "convention", "", title=f"Box conventions, {report.box_pairs} boxes", title_justify="left"
+        "rank",
+        "mean IoU",
+        "convention",
+        "",
+        title=f"Box conventions, {report.box_pairs} boxes",
+        title_justify="left",
     )
     for rank, entry in enumerate(report.ranking, start=1):
         configured = entry.convention == report.convention

@@ -14,9 +14,19 @@ from rewards.ontology import Question
 from rewards.types import Truth
 from rl.config import Config
 from rl.data.boxes import AXIS_NAMES, Convention, extent_box, parse_convention, region_extents
-from rl.data.items import TruthLedger, Item, find_question, find_row, find_truth, read_items, reasoning_text, text_box
+from rl.data.items import (
+    Item,
+    TruthLedger,
+    find_question,
+    find_row,
+    find_truth,
+    read_items,
+    reasoning_text,
+    text_box,
+)
 from rl.data.layout import DataError, Fault, Split, SplitRow, question_ids, read_question_labels
 from rl.data.nifti import Header, read_header, read_mask
+
 
 class Row(TypedDict):
     """One example as stored: flat and typed, paths relative to the data root."""
@@ -117,7 +127,13 @@ class RowBuilder:
 
 
 def build_row(
-    item: Item, source: SplitRow, question: Question, truth: Truth, header: Header, bbox: Box3D | None, grid: Convention
+    item: Item,
+    source: SplitRow,
+    question: Question,
+    truth: Truth,
+    header: Header,
+    bbox: Box3D | None,
+    grid: Convention,
 ) -> Row:
     """Everything known about one example, flat."""
     spacing = header.spacing_mm
