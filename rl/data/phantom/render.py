@@ -28,6 +28,7 @@ from rl.data.phantom.labels import (
 from rl.data.phantom.template import (
     CARTILAGE_MM,
     EXTRUSION_MM,
+    RIM_MM,
     SOFT_REGIONS,
     Template,
     ball,
