@@ -1,0 +1,83 @@
+"""What a model must beat: the commonest grade and the mean box of the training set.
+
+Knees are aligned, so a fixed box for each region and side localises well without looking, and grade 0 is right most
+of the time. Both baselines answer in the declared format and are graded like any model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
+
+import numpy as np
+
+from rewards.boxes import Box3D
+from rewards.ontology import Question
+from rewards.reading import format_answer
+from rewards.types import Example, ReaderMode, Reasoning, Side
+from rl.bench.answers import AnswerRow, answer_row
+
+REASONING_TEXT = "The commonest grade of the training set, and its mean box for this region and side."
+"""Stands in `<think>` where the declared format requires reasoning."""
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Fitted on training examples."""
+
+    majority: Mapping[tuple[int, str], int]
+    """(question id, attribute) -> commonest grade; the lowest of equally common ones."""
+    mean_box: Mapping[tuple[str, Side], tuple[float, ...]]
+    """(region, side) -> mean of the six half-open edges, each as a fraction of the grid along its axis."""
+
+    def grades(self, question: Question) -> dict[str, int]:
+        """A grade for each attribute; the lowest of its space where training never graded it."""
+        return {
+            a.name: self.majority.get((question.question_id, a.name), a.grades.start)
+            for a in question.attributes
+        }
+
+    def box(self, region: str, side: Side, shape: tuple[int, int, int]) -> Box3D | None:
+        """The mean box in voxels of a grid of `shape` (slices, x, y); None for a region and side never seen."""
+        edges = self.mean_box.get((region, side))
+        if edges is None:
+            return None
+        limits: list[int] = []
+        for axis, size in enumerate(shape):
+            low = min(round(edges[2 * axis] * size), size - 1)
+            limits += [low, max(round(edges[2 * axis + 1] * size), low + 1)]
+        return Box3D(*limits)
+
+
+def fit_baselines(train: Sequence[Example]) -> Baselines:
+    """Fit on training examples.
+
+    Raises:
+        ValueError: no examples.
+    """
+    if not train:
+        raise ValueError("fit_baselines needs training examples, got none")
+    grades: dict[tuple[int, str], Counter[int]] = {}
+    edges: dict[tuple[str, Side], list[list[float]]] = {}
+    for example in train:
+        for name, grade in example.truth.grades.items():
+            grades.setdefault((example.question.question_id, name), Counter())[grade] += 1
+        if example.truth.bbox is not None:
+            box, size = example.truth.bbox, np.repeat(example.volume.shape, 2)
+            key = (example.question.region, example.side)
+            edges.setdefault(key, []).append((np.array(astuple(box)) / size).tolist())
+    majority = {key: min(counts, key=lambda g: (-counts[g], g)) for key, counts in grades.items()}
+    mean_box = {key: tuple(np.mean(rows, axis=0).tolist()) for key, rows in edges.items()}
+    return Baselines(majority, mean_box)
+
+
+def baseline_rows(
+    baselines: Baselines, examples: Sequence[Example], reader: ReaderMode, reasoning: Reasoning
+) -> Iterator[AnswerRow]:
+    """The baselines' answers: majority grades with the mean box, in the declared format."""
+    thought = REASONING_TEXT if reasoning == "required" else None
+    for example in examples:
+        box = baselines.box(example.question.region, example.side, example.volume.shape)
+        completion = format_answer(example.question, baselines.grades(example.question), box, thought)
+        yield answer_row(example, completion, "baseline", reader)

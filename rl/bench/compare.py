@@ -1,0 +1,314 @@
+"""Did B do better than A? Two runs on the same items, compared patient by patient.
+
+Differences are B minus A. The unit is the patient: visits and questions of one patient are no independent evidence.
+An interval over patients speaks about this pair of checkpoints; a claim about the method needs several training
+seeds (`seed_summary`, t interval over seeds).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from scipy.stats import t as student_t
+
+from rl.bench.answers import BenchRun, RunMeta
+from rl.bench.endpoints import MEASURES, OVERALL, Endpoint, count, endpoints, value
+from rl.bench.intervals import (
+    Interval,
+    Resampled,
+    bca_interval,
+    bootstrap_t_interval,
+    percentile_interval,
+    resample,
+)
+from rl.bench.metrics import Graded, grade_run
+from rl.config import CompareConfig
+
+PATIENTS_FOR_A_CLAIM = 10
+"""Below this many patients no interval is worth a verdict."""
+
+
+class CompareError(ValueError):
+    """Two runs that must not be compared; the message names the differing fields and items."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One endpoint in both runs."""
+
+    measure: str
+    column: str
+    a: float
+    b: float
+    difference: float
+    """b - a."""
+    interval: Interval
+    """Symmetric bootstrap-t over patients."""
+    percentile: Interval
+    bca: Interval
+    p_value: float
+    """Patient-level sign-flip test, two-sided, not corrected for the number of columns."""
+    n: int
+    """Observations: graded attributes, or items."""
+    n_patients: int
+    """Patients with an observation."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs on the same items. `differences` holds every endpoint that has observations."""
+
+    a: RunMeta
+    b: RunMeta
+    differences: tuple[Difference, ...]
+    n_items: int
+    n_patients: int
+    confidence: float
+    draws: int
+    seed: int
+    primary_endpoint: str
+    """Measure the verdict is about, or measure/column; declared in the config before the run."""
+
+    def get(self, measure: str, column: str = OVERALL) -> Difference | None:
+        """The difference of one endpoint; None when its column is empty."""
+        return next((d for d in self.differences if (d.measure, d.column) == (measure, column)), None)
+
+
+def compare(a: BenchRun, b: BenchRun, settings: CompareConfig, seed: int = 0) -> Comparison:
+    """Compare two runs, item by item, with intervals over patients.
+
+    Raises:
+        CompareError: see `compare_graded`.
+    """
+    check_same_items(a, b)
+    return compare_graded(grade_run(a), grade_run(b), settings, seed)
+
+
+def check_same_items(a: BenchRun, b: BenchRun) -> None:
+    """Refuse runs that did not answer the same questions about the same volumes with the same truth and reader.
+
+    Raises:
+        CompareError: naming the differing fields of run.json, or of the first items that differ.
+    """
+    names = f"{a.meta.name!r} and {b.meta.name!r}"
+    for field in ("dataset_fingerprint", "split_file", "reader", "question_ids"):
+        ours, theirs = getattr(a.meta, field), getattr(b.meta, field)
+        if ours != theirs:
+            raise CompareError(
+                f"runs {names} differ in {field}: {_short(ours)} against {_short(theirs)}; evaluate both again "
+                "with the same test file, question set and reader"
+            )
+    columns = [
+        "example_id",
+        "question_id",
+        "volume_id",
+        "shape",
+        "truth_grades",
+        "truth_bbox",
+        "reader",
+        "item_hash",
+    ]
+    both = a.answers.select(columns).join(
+        b.answers.select(columns), on="example_id", how="full", suffix="_b", coalesce=False
+    )
+    lone = both.filter(pl.col("example_id").is_null() | pl.col("example_id_b").is_null())
+    if lone.height:
+        items = [x or y for x, y in lone.select("example_id", "example_id_b").head(3).iter_rows()]
+        raise CompareError(
+            f"runs {names}: {lone.height} items are in one run only, e.g. {', '.join(items)}; "
+            "evaluate both on the same items"
+        )
+    differing = both.filter(pl.col("item_hash") != pl.col("item_hash_b"))
+    if differing.height:
+        row = differing.row(0, named=True)
+        fields = [c for c in columns[1:-1] if row[c] != row[f"{c}_b"]]
+        shown = "; ".join(f"{c}: {_short(row[c])} against {_short(row[f'{c}_b'])}" for c in fields)
+        raise CompareError(
+            f"runs {names}: {differing.height} items differ in what they are graded on, e.g. {row['example_id']}: "
+            f"{shown}; evaluate both on the same data"
+        )
+
+
+def compare_graded(a: Graded, b: Graded, settings: CompareConfig, seed: int = 0) -> Comparison:
+    """`compare` for runs that are graded already.
+
+    Raises:
+        CompareError: the items' hashes differ, or the primary endpoint is unknown.
+    """
+    if a.items["item_hash"].sort().to_list() != b.items["item_hash"].sort().to_list():
+        raise CompareError(f"runs {a.meta.name!r} and {b.meta.name!r} were not graded on the same items")
+    measure, _, column = settings.primary_endpoint.partition("/")
+    counts_a, counts_b = count(a.attributes, a.items), count(b.attributes, b.items)
+    observed = [e for e in endpoints(counts_a.cells) if e.merge.any()]
+    if (measure, column or OVERALL) not in {(e.measure, e.column) for e in observed}:
+        raise CompareError(
+            f"compare.primary_endpoint is {settings.primary_endpoint!r}; use one of {', '.join(MEASURES)}, or "
+            "measure/column of a column that is not empty"
+        )
+    resampled = resample(counts_a.n, counts_b.s - counts_a.s, observed, settings.bootstrap_draws, seed)
+    differences = tuple(
+        _difference(e, counts_a.n, counts_a.s, counts_b.s, r, settings.confidence)
+        for e, r in zip(observed, resampled, strict=True)
+    )
+    return Comparison(
+        a=a.meta,
+        b=b.meta,
+        differences=differences,
+        n_items=a.items.height,
+        n_patients=len(counts_a.patients),
+        confidence=settings.confidence,
+        draws=settings.bootstrap_draws,
+        seed=seed,
+        primary_endpoint=settings.primary_endpoint,
+    )
+
+
+def _difference(
+    endpoint: Endpoint,
+    n: np.ndarray,
+    s_a: np.ndarray,
+    s_b: np.ndarray,
+    resampled: Resampled,
+    confidence: float,
+) -> Difference:
+    n_merged = n @ endpoint.merge
+    value_a, value_b = (
+        float(value(n_merged.sum(0), (s @ endpoint.merge).sum(0), endpoint.group)) for s in (s_a, s_b)
+    )
+    return Difference(
+        measure=endpoint.measure,
+        column=endpoint.column,
+        a=value_a,
+        b=value_b,
+        difference=resampled.estimate,
+        interval=bootstrap_t_interval(resampled, confidence),
+        percentile=percentile_interval(resampled, confidence),
+        bca=bca_interval(resampled, confidence),
+        p_value=resampled.p_value,
+        n=int(n_merged.sum()),
+        n_patients=int((n_merged.sum(axis=1) > 0).sum()),
+    )
+
+
+def outcome(difference: Difference) -> str:
+    """`won`, `lost` or `no difference shown`, from B's side, by whether the interval excludes 0."""
+    if difference.interval.low > 0:
+        return "won"
+    return "lost" if difference.interval.high < 0 else "no difference shown"
+
+
+def verdict(comparison: Comparison) -> str:
+    """One plain paragraph: who won on balanced accuracy and on mean IoU, apart, and what that rests on."""
+    a, b = comparison.a, comparison.b
+    sentences = [
+        f"{b.name} against {a.name}, {comparison.n_items:,} items of {comparison.n_patients:,} patients "
+        f"({b.split_file}{_quick(b)}, {b.question_set}, {b.reader} reader; {_decodings(a, b)})."
+    ]
+    measure, _, column = comparison.primary_endpoint.partition("/")
+    primary = (measure, column or OVERALL)
+    for key in dict.fromkeys([primary, ("balanced_accuracy", OVERALL), ("iou", OVERALL)]):
+        mark = " (the primary endpoint, declared in the config)" if key == primary else ""
+        sentences.append(_sentence(comparison, *key, mark))
+    sentences.append(
+        f"The intervals resample patients (bootstrap-t, {comparison.draws:,} draws): they say how this pair of "
+        "checkpoints would differ on other patients, and nothing about another training seed."
+    )
+    if comparison.n_patients < PATIENTS_FOR_A_CLAIM:
+        sentences.append(f"With {comparison.n_patients} patients nothing here should be taken as shown.")
+    return " ".join(sentences)
+
+
+MEASURE_NAMES: Mapping[str, str] = {
+    "accuracy": "Accuracy",
+    "accuracy_macro": "Accuracy (mean over attributes)",
+    "balanced_accuracy": "Balanced accuracy",
+    "balanced_accuracy_pooled": "Balanced accuracy (grades pooled)",
+    "iou": "Mean IoU",
+    "strict": "Strict-parse rate",
+}
+
+
+def _sentence(comparison: Comparison, measure: str, column: str, mark: str) -> str:
+    where = "" if column == OVERALL else f" of {column}"
+    difference = comparison.get(measure, column)
+    if difference is None:
+        return f"{MEASURE_NAMES[measure]}{where}{mark}: nothing to compare, the column is empty."
+    result = outcome(difference)
+    words = {"won": f"{comparison.b.name} won", "lost": f"{comparison.b.name} lost"}.get(result, result)
+    return (
+        f"{MEASURE_NAMES[measure]}{where}{mark}: {words}, {difference.b:.3f} against {difference.a:.3f}, difference "
+        f"{signed(difference.difference)} ({comparison.confidence:.0%} interval {signed(difference.interval.low)} to "
+        f"{signed(difference.interval.high)})."
+    )
+
+
+def signed(number: float) -> str:
+    """`+0.012`, `−0.012` or `0.000`: three decimals, never a negative zero."""
+    rounded = round(number, 3)
+    return "0.000" if rounded == 0 else f"{'+' if rounded > 0 else '−'}{abs(rounded):.3f}"
+
+
+def _quick(meta: RunMeta) -> str:
+    return f", first {meta.max_examples} items only" if meta.max_examples else ""
+
+
+def _decodings(a: RunMeta, b: RunMeta) -> str:
+    if a.decoding_words == b.decoding_words:
+        return a.decoding_words
+    return f"{b.name}: {b.decoding_words}; {a.name}: {a.decoding_words}"
+
+
+def _short(content: object) -> str:
+    text = repr(content)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+@dataclass(frozen=True, slots=True)
+class SeedSummary:
+    """An endpoint's difference over training seeds. The interval is None for a single seed."""
+
+    measure: str
+    column: str
+    differences: tuple[float, ...]
+    mean: float
+    sd: float | None
+    interval: Interval | None
+    """Student t over seeds, df = seeds - 1."""
+
+
+def seed_summary(comparisons: Sequence[Comparison]) -> list[SeedSummary]:
+    """Differences over several seeds of the same two arms: the unit for a claim about the method.
+
+    Endpoints that are empty in any comparison are left out.
+
+    Raises:
+        CompareError: no comparisons, or comparisons of different test files, readers or confidences.
+    """
+    if not comparisons:
+        raise CompareError("seed_summary needs at least one comparison")
+    settings = {(c.b.split_file, c.b.reader, c.b.question_ids, c.confidence) for c in comparisons}
+    if len(settings) > 1:
+        raise CompareError(
+            f"comparisons differ in test file, reader, question set or confidence: {_short(settings)}"
+        )
+    summaries = []
+    for first in comparisons[0].differences:
+        found = [c.get(first.measure, first.column) for c in comparisons]
+        values = tuple(d.difference for d in found if d is not None)
+        if len(values) == len(comparisons):
+            summaries.append(_summarise(first, values, comparisons[0].confidence))
+    return summaries
+
+
+def _summarise(endpoint: Difference, values: tuple[float, ...], confidence: float) -> SeedSummary:
+    mean = statistics.fmean(values)
+    sd, interval = None, None
+    if len(values) > 1:
+        sd = statistics.stdev(values)
+        half = float(student_t.ppf((1 + confidence) / 2, len(values) - 1)) * sd / len(values) ** 0.5
+        interval = Interval(mean - half, mean + half)
+    return SeedSummary(endpoint.measure, endpoint.column, values, mean, sd, interval)

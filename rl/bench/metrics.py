@@ -1,0 +1,267 @@
+"""Grading a run and the tables of ReasonKnee-Bench.
+
+Answers are read by `rewards.reading.read_answer` in the run's reader mode and boxes compared by `rewards.boxes`,
+as in the reward: training and benchmark cannot drift apart. What is computed from the graded answers is
+defined in `rl.bench.endpoints`.
+
+An answer that cannot be read is wrong (grade) or IoU 0 (box), and counted. A missing truth is left out, and counted.
+A column without observations is empty (`None`), never 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import polars as pl
+
+from rewards.boxes import iou
+from rewards.ontology import QUESTIONS
+from rewards.reading import read_answer
+from rewards.types import Problem
+from rl.bench.answers import BenchRun, RunMeta, row_truth
+from rl.bench.endpoints import count, endpoints, value
+
+ATTRIBUTE_SCHEMA = {
+    "example_id": pl.String(),
+    "patient_id": pl.String(),
+    "attribute_id": pl.Int64(),
+    "truth": pl.Int64(),
+    "predicted": pl.Int64(),
+}
+ITEM_SCHEMA = {
+    "example_id": pl.String(),
+    "item_hash": pl.String(),
+    "patient_id": pl.String(),
+    "volume_id": pl.String(),
+    "question_id": pl.Int64(),
+    "finish_reason": pl.String(),
+    "iou": pl.Float64(),
+    "box_read": pl.Boolean(),
+    "grades_read": pl.Boolean(),
+    "strict": pl.Boolean(),
+    "all_correct": pl.Boolean(),
+    "format_problem": pl.String(),
+    "grades_problem": pl.String(),
+    "bbox_problem": pl.String(),
+}
+
+
+@dataclass(frozen=True)
+class Graded:
+    """A graded run.
+
+    `attributes`, one row per item and attribute: example_id, patient_id, attribute_id, truth (null: not graded),
+    predicted (null: not read), correct (null where there is no truth), and by join question_id, attribute, scale,
+    grade_space ("ordinal 0-3"), table2_column, category.
+
+    `items`, one row per item: `ITEM_SCHEMA` (iou is null without a true box, 0 without a predicted one; all_correct
+    is null without any true grade), and by join table2_column, category, table3_column.
+    """
+
+    meta: RunMeta
+    attributes: pl.DataFrame
+    items: pl.DataFrame
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One entry of a table; `value` is None where there was nothing to measure."""
+
+    value: float | None
+    n: int
+    """Observations: graded attributes, or items with a true box."""
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The benchmark's numbers of one run."""
+
+    meta: RunMeta
+    values: Mapping[str, Mapping[str, Cell]]
+    """measure (`rl.bench.endpoints.MEASURES`) -> column -> cell."""
+    counts: Mapping[str, int]
+    """items, patients, volumes, what was unread, what had no truth."""
+    problems: Mapping[str, Mapping[str, int]]
+    """format, grades, bbox -> problem -> number of items."""
+
+    @property
+    def header(self) -> str:
+        """What a table must say of itself: test file, question set, reader, decoding, items, patients."""
+        quick = f", first {self.meta.max_examples} items only" if self.meta.max_examples else ""
+        return (
+            f"test file {self.meta.split_file}{quick}, {self.meta.question_set}, {self.meta.reader} reader, "
+            f"{self.meta.decoding_words}; {self.counts['items']:,} items of {self.counts['patients']:,} patients"
+        )
+
+    @property
+    def failures(self) -> str:
+        """What counted as wrong unread, and what was left out, in words."""
+        c = self.counts
+        return (
+            f"{c['unread_grades']:,} of {c['graded_attributes']:,} grades and {c['unread_boxes']:,} of "
+            f"{c['true_boxes']:,} boxes could not be read and count as wrong; {c['truncated']:,} answers hit the "
+            f"length limit; left out for want of a truth: {c['missing_true_grades']:,} grades, "
+            f"{c['missing_true_boxes']:,} boxes"
+        )
+
+
+def grade_run(run: BenchRun) -> Graded:
+    """Read and grade every answer of a run."""
+    attributes: dict[str, list[Any]] = {name: [] for name in ATTRIBUTE_SCHEMA}
+    items: dict[str, list[Any]] = {name: [] for name in ITEM_SCHEMA}
+    for row in run.answers.iter_rows(named=True):
+        _grade_row(row, run.meta, attributes, items)
+    attribute_frame = (
+        pl.DataFrame(attributes, schema=ATTRIBUTE_SCHEMA)
+        .with_columns(
+            correct=pl.when(pl.col("truth").is_not_null()).then(
+                pl.col("truth").eq_missing(pl.col("predicted"))
+            )
+        )
+        .join(attribute_facts(), on="attribute_id", how="left", maintain_order="left")
+    )
+    facts = attribute_facts().unique("question_id", maintain_order=True)
+    item_frame = pl.DataFrame(items, schema=ITEM_SCHEMA).join(
+        facts.select("question_id", "table2_column", "category", "table3_column"),
+        on="question_id",
+        how="left",
+        maintain_order="left",
+    )
+    return Graded(run.meta, attribute_frame, item_frame)
+
+
+@cache
+def attribute_facts() -> pl.DataFrame:
+    """The 118 attributes: attribute_id, question_id, attribute, scale, grade_space, and the columns they count in."""
+    rows = [
+        {
+            "attribute_id": attribute_id(question_id, index),
+            "question_id": question_id,
+            "attribute": attribute.name,
+            "scale": attribute.scale,
+            "grade_space": f"{attribute.scale} {attribute.grades.start}-{attribute.grades.stop - 1}",
+            "table2_column": question.table2_column,
+            "category": question.category,
+            "table3_column": question.table3_column,
+        }
+        for question_id, question in QUESTIONS.items()
+        for index, attribute in enumerate(question.attributes)
+    ]
+    return pl.DataFrame(rows)
+
+
+def attribute_id(question_id: int, index: int) -> int:
+    """A number for the index-th attribute of a question."""
+    return 10 * question_id + index
+
+
+def tables(graded: Graded) -> Tables:
+    """Every measure in every column, with what was counted, unread and left out."""
+    counts = count(graded.attributes, graded.items)
+    n_total, s_total = counts.n.sum(axis=0), counts.s.sum(axis=0)
+    values: dict[str, dict[str, Cell]] = {}
+    for endpoint in endpoints(counts.cells):
+        n, s = n_total @ endpoint.merge, s_total @ endpoint.merge
+        observed = int(n.sum())
+        cell = Cell(float(value(n, s, endpoint.group)) if observed else None, observed)
+        values.setdefault(endpoint.measure, {})[endpoint.column] = cell
+    return Tables(graded.meta, values, _tally(graded), _problems(graded.items))
+
+
+def grade_histogram(graded: Graded) -> pl.DataFrame:
+    """How often each grade is true and predicted: table2_column, grade_space, grade, true_count, predicted_count.
+
+    Only attributes with a true grade are counted. `grade` is null for predictions that could not be read. Grades of
+    the space that never occur are there with 0, so that a collapse shows.
+    """
+    known = graded.attributes.filter(pl.col("truth").is_not_null())
+    by = ["table2_column", "grade_space"]
+    true = known.group_by([*by, pl.col("truth").alias("grade")]).agg(pl.len().alias("true_count"))
+    predicted = known.group_by([*by, pl.col("predicted").alias("grade")]).agg(
+        pl.len().alias("predicted_count")
+    )
+    spaces = known.select(by).unique()
+    grades = pl.DataFrame(
+        [
+            {"grade_space": space, "grade": grade}
+            for space in sorted(spaces["grade_space"].unique())
+            for grade in [*_grades_of(space), None]
+        ],
+        schema={"grade_space": pl.String(), "grade": pl.Int64()},
+    )
+    return (
+        spaces.join(grades, on="grade_space")
+        .join(true, on=[*by, "grade"], how="left", nulls_equal=True)
+        .join(predicted, on=[*by, "grade"], how="left", nulls_equal=True)
+        .with_columns(pl.col("true_count", "predicted_count").fill_null(0))
+        .sort([*by, "grade"], nulls_last=True)
+    )
+
+
+def _grades_of(grade_space: str) -> range:
+    first, last = grade_space.split()[-1].split("-")
+    return range(int(first), int(last) + 1)
+
+
+def _grade_row(
+    row: Mapping[str, Any], meta: RunMeta, attributes: dict[str, list[Any]], items: dict[str, list[Any]]
+) -> None:
+    question, truth = QUESTIONS[row["question_id"]], row_truth(row)
+    s, x, y = row["shape"]
+    answer = read_answer(
+        row["completion"], question, mode=meta.reader, reasoning=meta.reasoning, shape=(s, x, y)
+    )
+    for index, attribute in enumerate(question.attributes):
+        attributes["example_id"].append(row["example_id"])
+        attributes["patient_id"].append(row["patient_id"])
+        attributes["attribute_id"].append(attribute_id(question.question_id, index))
+        attributes["truth"].append(truth.grades.get(attribute.name))
+        attributes["predicted"].append(answer.grades.get(attribute.name))
+    overlap = None
+    if truth.bbox is not None:
+        overlap = iou(answer.bbox, truth.bbox) if answer.bbox is not None else 0.0
+    graded = {
+        **{name: row[name] for name in row.keys() & items.keys()},
+        "iou": overlap,
+        "box_read": answer.bbox is not None,
+        "grades_read": len(answer.grades) == len(question.attributes),
+        "strict": answer.strict,
+        "all_correct": all(answer.grades.get(k) == v for k, v in truth.grades.items())
+        if truth.grades
+        else None,
+        "format_problem": answer.format_problem.value,
+        "grades_problem": answer.grades_problem.value,
+        "bbox_problem": answer.bbox_problem.value,
+    }
+    for name, values in items.items():
+        values.append(graded[name])
+
+
+def _tally(graded: Graded) -> dict[str, int]:
+    attributes, items = graded.attributes, graded.items
+    has_grade, has_box = attributes["truth"].is_not_null(), items["iou"].is_not_null()
+    return {
+        "items": items.height,
+        "patients": items["patient_id"].n_unique(),
+        "volumes": items["volume_id"].n_unique(),
+        "graded_attributes": int(has_grade.sum()),
+        "missing_true_grades": int((~has_grade).sum()),
+        "true_boxes": int(has_box.sum()),
+        "missing_true_boxes": int((~has_box).sum()),
+        "unread_grades": int((has_grade & attributes["predicted"].is_null()).sum()),
+        "unread_boxes": int((has_box & ~items["box_read"]).sum()),
+        "not_strict": int((~items["strict"]).sum()),
+        "truncated": int((items["finish_reason"] == "length").sum()),
+    }
+
+
+def _problems(items: pl.DataFrame) -> dict[str, dict[str, int]]:
+    found = {}
+    for part in ("format", "grades", "bbox"):
+        column = f"{part}_problem"
+        seen = items.filter(pl.col(column) != Problem.NONE.value)[column].value_counts(sort=True)
+        found[part] = dict(seen.iter_rows())
+    return found
