@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Literal, overload
 
 import numpy as np
-from scipy import ndimage
 
 from rewards.ontology import QUESTIONS
 from rl.data.phantom import lesions as place
+from rl.data.phantom import tissue
 from rl.data.phantom.anatomy import (
     DEPTH_OF_DEFECT,
     NUMBER_OF_BML,
@@ -28,8 +28,6 @@ from rl.data.phantom.labels import (
 from rl.data.phantom.template import (
     CARTILAGE_MM,
     EXTRUSION_MM,
-    RIM_MM,
-    SOFT_REGIONS,
     Template,
     ball,
     build_template,
@@ -49,10 +47,6 @@ MORPHOLOGY = 20
 HOFFA_SHARE = (0.0, 0.2, 0.5, 0.85)
 EFFUSION_SHARE = (0.06, 0.33, 0.63, 0.95)
 """Share of the region that is bright, by grade."""
-
-# Brightness as in fat-suppressed DESS, 1 is fluid.
-_MARROW, _CORTEX, _CARTILAGE, _FLUID, _MENISCUS, _LIGAMENT = 0.34, 0.06, 0.66, 1.0, 0.06, 0.12
-_FAT, _MUSCLE, _HOFFA, _JOINT, _BML = 0.28, 0.42, 0.26, 0.5, 0.68
 
 _MAY_HIDE = np.ones(256, bool)
 _MAY_HIDE[[LABELS[name] for name in (*BONE_REGIONS, *MENISCUS_SEGMENTS)]] = False
@@ -102,13 +96,13 @@ def render(
         the noise-free lesion map uint8 [X, Y, S].
     """
     template = build_template(knee, make_grid(knee, shape, fov_mm))
-    image = _healthy(template, knee)
+    image = tissue.healthy(template, knee)
     lesion_map = np.zeros(image.shape, np.uint8)
     painter = _Painter(template, knee, image, lesion_map)
     for question_id in sorted(QUESTIONS):
         painter.paint(question_id)
     affine = affine_of(shape, fov_mm)
-    result = (_acquire(image, knee, rng), template.labels, affine)
+    result = (tissue.acquire(image, rng), template.labels, affine)
     return (*result, lesion_map) if return_lesions else result
 
 
@@ -120,60 +114,6 @@ def affine_of(shape: tuple[int, int, int], fov_mm: tuple[float, float, float]) -
     centre = (np.array(shape) - 1) / 2
     affine[:3, 3] = -affine[:3, :3] @ centre
     return affine
-
-
-def _healthy(t: Template, knee: Knee) -> np.ndarray:
-    """Brightness of a knee without lesions, float32 [X, Y, S]."""
-    table = np.full(256, _MARROW, np.float32)
-    for name, label in LABELS.items():
-        if name.endswith("cartilage"):
-            table[label] = _CARTILAGE
-        elif "meniscus" in name:
-            table[label] = _MENISCUS
-        elif name in ("ACL", "PCL", "patellar tendon", "iliotibial band"):
-            table[label] = _LIGAMENT
-        elif name == "Hoffa fat pad":
-            table[label] = _HOFFA
-        elif name in SOFT_REGIONS or name.endswith("osteophyte"):
-            table[label] = np.nan
-    table[0] = np.nan
-    image = table[t.labels]
-    image = np.where(np.isnan(image), _surroundings(t), image)
-    for bone in (t.femur, t.tibia, t.patella):
-        image[(bone <= 0) & (bone > -1.6)] = _CORTEX
-    _blend_rim(t, knee, image)
-    return image
-
-
-def _blend_rim(t: Template, knee: Knee, image: np.ndarray) -> None:
-    """Partial volume of the meniscal bodies: a slice that the outer edge cuts shows the share it covers."""
-    side, width = t.grid.l[0, 0], t.grid.slice_mm
-    for name, sign, question_id in (("medial", -1, 45), ("lateral", 1, 47)):
-        edge = RIM_MM + EXTRUSION_MM[knee.grades[question_id]["grade"]]
-        body = t.labels == LABELS[f"{name} meniscus body"]
-        inside = np.flatnonzero(body.any((0, 1)))
-        outer = int(inside[np.argmax(np.abs(side[inside]))])
-        nxt = outer + (1 if side[-1] * sign > 0 else -1)
-        for k, profile in ((outer, body[:, :, outer]), (nxt, body[:, :, outer])):
-            if 0 <= k < side.size:
-                covered = np.clip((edge - (sign * side[k] - width / 2)) / width, 0, 1)
-                image[profile, k] = covered * _MENISCUS + (1 - covered) * _JOINT
-
-
-def _surroundings(t: Template) -> np.ndarray:
-    """Joint space, muscle, fat, skin and air, where no labelled tissue is."""
-    g = t.grid
-    leg = (np.sqrt(np.sqrt(((g.a + 1) / 68) ** 4 + (g.l / 56) ** 4)) - 1) * 55
-    septa = np.sin(g.a / 3.2 + np.sin(g.s / 17) * 2) * np.sin(g.l / 9 + 1)
-    muscle = (g.a > 38) | ((g.s < -46) & (np.abs(g.l) < 44)) | ((g.s > 40) & (np.abs(g.l) < 44) & (g.a > -18))
-    tissue = np.where(muscle & (leg < -9), _MUSCLE + 0.05 * septa, _FAT + 0.02 * septa)
-    joint = (t.femur < 9) & (t.tibia < 9)
-    joint |= (t.femur < 8) & (t.patella < 8) & (g.a > -54)
-    # The coronary recess around the rim: an extruded meniscus shows dark against it.
-    joint |= (np.abs(g.l) > RIM_MM) & (g.s > -6) & (g.s < 12) & (g.a > -18) & (g.a < 21)
-    tissue = np.where(joint, _JOINT, tissue)
-    tissue = np.where(leg > -2, 0.45, tissue)
-    return np.where(leg > 0, 0.01, tissue).astype(np.float32)
 
 
 class _Painter:
@@ -229,8 +169,8 @@ class _Painter:
         lesion, cyst = place.bone_marrow_lesion(
             a, s, side, grades[SIZE_OF_BML], grades[NUMBER_OF_BML], grades[SHARE_OF_BML], rng
         )
-        self._set(index[lesion], BML, _BML)
-        self._set(index[cyst], BML_CYST, _FLUID)
+        self._set(index[lesion], BML, tissue.BML)
+        self._set(index[cyst], BML_CYST, tissue.FLUID)
 
     def _cartilage(self, question_id: int, grades: Mapping[str, int], rng: np.random.Generator) -> None:
         if not grades[SIZE_OF_DEFECT]:
@@ -249,8 +189,8 @@ class _Painter:
             along, side, grades[SIZE_OF_DEFECT], grades[DEPTH_OF_DEFECT], rng
         )
         self.map.ravel()[index[defect]] = CARTILAGE_PARTIAL
-        self.image.ravel()[index[defect & (height > 0.4 * CARTILAGE_MM)]] = _FLUID
-        self._set(index[full], CARTILAGE_FULL, 0.08)
+        self.image.ravel()[index[defect & (height > 0.4 * CARTILAGE_MM)]] = tissue.FLUID
+        self._set(index[full], CARTILAGE_FULL, tissue.BARE_BONE)
 
     def _osteophyte(self, question_id: int, grade: int) -> None:
         if not grade:
@@ -259,7 +199,7 @@ class _Painter:
         index = self._voxels[LABELS[f"{site} osteophyte"]]
         depth = spur(self.t.grid, site, grade, self.knee.patella_shift_mm).ravel()[index]
         self._set(index[depth < 0], OSTEOPHYTE, 0.5)
-        self.image.ravel()[index[(depth < 0) & (depth > -1.5)]] = _CORTEX
+        self.image.ravel()[index[(depth < 0) & (depth > -1.5)]] = tissue.CORTEX
 
     def _synovitis(self, question_id: int, grade: int, rng: np.random.Generator) -> None:
         index, a, s, side = self._at(QUESTION_REGIONS[question_id][0])
@@ -269,7 +209,7 @@ class _Painter:
             return
         # fluid collects around the middle of the recess and distends it with the grade
         reach = ((a + 41) / 9) ** 2 + ((s + 55) / 13) ** 2
-        self._set(index[reach <= np.quantile(reach, EFFUSION_SHARE[grade])], EFFUSION, _FLUID)
+        self._set(index[reach <= np.quantile(reach, EFFUSION_SHARE[grade])], EFFUSION, tissue.FLUID)
 
     def _morphology(self, question_id: int, kind: int) -> None:
         if not kind:
@@ -304,7 +244,7 @@ class _Painter:
         sign, body = (-1, 45) if question_id == 54 else (1, 47)
         rim = 47 + 0.3 * EXTRUSION_MM[self.knee.grades[body]["grade"]]
         centre = ((-41, 2, 26 * sign), (2, 3, rim * sign), (45, 4, 26 * sign))[grades["tear_location"]]
-        self._ball(centre, (7.5, 8.0, 9.0), MENISCUS_CYST, _FLUID)
+        self._ball(centre, (7.5, 8.0, 9.0), MENISCUS_CYST, tissue.FLUID)
 
     def _ball(
         self, centre: tuple[float, float, float], axes: tuple[float, float, float], code: int, value: float
@@ -341,34 +281,13 @@ class _Painter:
         r = (_unit(a) - 0.5) ** 2 + (_unit(s) - 0.5) ** 2 + (_unit(side) - 0.5) ** 2
         near = r < np.quantile(r, 0.6)
         if question_id == 69:  # loose bodies: dark bodies in a rim of fluid
-            self._set(index[near], PERIARTICULAR, _FLUID)
+            self._set(index[near], PERIARTICULAR, tissue.FLUID)
             self.image.ravel()[index[near & (r < np.quantile(r, 0.25))]] = 0.05
         else:
-            self._set(index[near], PERIARTICULAR, _FLUID)
+            self._set(index[near], PERIARTICULAR, tissue.FLUID)
 
 
 def _unit(values: np.ndarray) -> np.ndarray:
     """Values scaled to [0, 1]."""
     low = values.min()
     return (values - low) / (values.max() - low + 1e-6)
-
-
-def _acquire(image: np.ndarray, knee: Knee, rng: np.random.Generator | None) -> np.ndarray:
-    """Blur, tissue texture, coil bias and Rician noise; int16."""
-    image = ndimage.gaussian_filter(image, (0.55, 0.55, 0.0), truncate=2.5)
-    if rng is not None:
-        shape = image.shape
-        x, y, z = (
-            np.linspace(-1, 1, n, dtype=np.float32).reshape([-1 if i == j else 1 for j in range(3)])
-            for i, n in enumerate(shape)
-        )
-        b = rng.uniform(-0.08, 0.08, 5).astype(np.float32)
-        bias = 1 + b[0] * x + b[1] * y + b[2] * z + b[3] * x * y - (0.08 + b[4]) * (x**2 + y**2) / 2
-        noise = rng.standard_normal((2, *shape), dtype=np.float32) * np.float32(0.025)
-        texture = (
-            ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), (1.2, 1.2, 0.0), truncate=2)
-            * 0.06
-        )
-        image = image * bias * (1 + texture)
-        image = np.hypot(image + noise[0], noise[1])
-    return np.clip(image * 1000, 0, 4000).astype(np.int16)
