@@ -298,6 +298,9 @@ class PhantomConfig:
     """File grid: two in-plane axes, then slices."""
     fov_mm: list[float] = field(default_factory=lambda: [140.0, 140.0, 104.0])
     """Extent of the file grid along its three axes in mm."""
+    grades: str = "mixed"
+    """How often grades occur: "natural" (heavy on 0 as in the real data), "balanced" (about uniform), or "mixed" (every
+    second patient balanced), which gives the natural splits enough of each grade for the `*_balanced` files."""
     seed: int = 0
 
 
