@@ -40,14 +40,14 @@ def cache_key(
         root: folder that the volumes' paths are relative to.
         volumes: rows whose images (and masks, if `masks`) count by size and modification time.
     """
-    key = xxhash.xxh128(repr(settings))
+    key = xxhash.xxh128(repr(settings).encode())
     for path in [*texts, *(Path(str(module.__file__)) for module in CODE)]:
-        key.update(_file_hash(path) if path.is_file() else "missing")
+        key.update(_file_hash(path) if path.is_file() else b"missing")
     for row in volumes:
         for name in (row.image, row.mask if masks else None):
-            path = root / name if name else None
-            stat = path.stat() if path is not None and path.exists() else None
-            key.update(repr((name, stat and (stat.st_size, stat.st_mtime_ns))))
+            volume = root / (name or "")
+            stat = volume.stat() if name and volume.exists() else None
+            key.update(repr((name, stat and (stat.st_size, stat.st_mtime_ns))).encode())
     return key.hexdigest()
 
 
@@ -98,7 +98,7 @@ def _write_rows(path: Path, made: Iterator[Row]) -> dict[str, object]:
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
         while batch := list(islice(made, ROWS_PER_BATCH)):
             for row in batch:
-                fingerprint.update(json.dumps(row, sort_keys=True))
+                fingerprint.update(json.dumps(row, sort_keys=True).encode())
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
             count += len(batch)
     return {"rows": count, "fingerprint": fingerprint.hexdigest()}

@@ -197,7 +197,7 @@ def _settle_convention(report: CheckReport, checker: ItemChecker, needed: bool) 
         )
     if not needed:
         report.notes.append(
-            "data.box_source=mask: boxes come from the masks, the text boxes are ranked for information"
+            "data.box_source=mask: boxes come from the masks, those of the text are only ranked"
         )
         return
     if verdict is None:
@@ -206,5 +206,5 @@ def _settle_convention(report: CheckReport, checker: ItemChecker, needed: bool) 
     report.faults.append(DataError(Fault.CONVENTION, verdict))
     if checker.misfits:
         report.notes.append(
-            f"{len(checker.misfits)} boxes leave their volume under the configured convention, e.g. {checker.misfits[0]}"
+            f"{len(checker.misfits)} boxes leave their volume as configured, e.g. {checker.misfits[0]}"
         )

@@ -82,13 +82,9 @@ def _item(file: Path, index: int, value: Any) -> Item | DataError:
         fields["final_diagnosis"] = json.dumps(fields["final_diagnosis"])
     for key in ITEM_KEYS:
         if not isinstance(fields.get(key), str):
-            problem = (
-                f"{key!r} is missing"
-                if key not in fields
-                else f"{key!r} is a {type(fields[key]).__name__}, not text"
-            )
+            problem = f"is a {type(fields[key]).__name__}, not text" if key in fields else "is missing"
             return DataError(
-                Fault.ITEM, f"{file} item {index}: {problem}; an item holds {', '.join(ITEM_KEYS)}"
+                Fault.ITEM, f"{file} item {index}: {key!r} {problem}; an item has {', '.join(ITEM_KEYS)}"
             )
     return Item(file, index, *(fields[key] for key in ITEM_KEYS))
 

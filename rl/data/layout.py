@@ -238,23 +238,20 @@ def read_question_file(path: Path) -> dict[int, str]:
     """
     texts: dict[int, str] = {}
     for key, text in _read_json_object(path).items():
-        if not (key.isdecimal() and int(key) in QUESTIONS):
-            raise DataError(
-                Fault.MAPPING, f"{path}: key {key!r} is not a question id; ids run from 1 to {len(QUESTIONS)}"
-            )
+        number = _question_number(path, key)
         if not isinstance(text, str):
             raise DataError(Fault.MAPPING, f"{path}: question {key} is a {type(text).__name__}, not text")
         try:
             matched = match_question(text)
         except ValueError as error:
             raise DataError(Fault.QUESTION, f"{path}: question {key} is not recognised: {error}") from error
-        if matched.question_id != int(key):
+        if matched.question_id != number:
             raise DataError(
                 Fault.QUESTION,
                 f"{path}: key {key!r} holds the template of question {matched.question_id} ({matched.entity!r}), "
-                f"but question {key} asks for {QUESTIONS[int(key)].entity!r}; correct the key or the text",
+                f"but question {key} asks for {QUESTIONS[number].entity!r}; correct the key or the text",
             )
-        texts[int(key)] = text
+        texts[number] = text
     return texts
 
 
@@ -297,10 +294,7 @@ def read_question_labels(root: Path) -> dict[int, tuple[int, ...]]:
     names = _label_numbers(names_path) if names_path.is_file() else {}
     labels: dict[int, tuple[int, ...]] = {}
     for key, value in _read_json_object(path).items():
-        if not (key.isdecimal() and int(key) in QUESTIONS):
-            raise DataError(
-                Fault.MAPPING, f"{path}: key {key!r} is not a question id; ids run from 1 to {len(QUESTIONS)}"
-            )
+        number = _question_number(path, key)
         entries = value if isinstance(value, list) else [] if value is None else [value]
         numbers = [_label_number(entry, names) for entry in entries]
         if None in numbers:
@@ -310,8 +304,14 @@ def read_question_labels(root: Path) -> dict[int, tuple[int, ...]]:
                 f"{names_path}, or a list of those",
             )
         if numbers:
-            labels[int(key)] = tuple(sorted({n for n in numbers if n is not None}))
+            labels[number] = tuple(sorted({n for n in numbers if n is not None}))
     return labels
+
+
+def _question_number(path: Path, key: str) -> int:
+    if not (key.isdecimal() and int(key) in QUESTIONS):
+        raise DataError(Fault.MAPPING, f"{path}: key {key!r} is not a question id from 1 to {len(QUESTIONS)}")
+    return int(key)
 
 
 def _label_number(entry: Any, names: Mapping[str, int]) -> int | None:

@@ -12,10 +12,11 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
 
 from rl.data.layout import DataError, Fault
 
-READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError)
+READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, ImageFileError)
 """What nibabel and gzip raise on damaged files."""
 
 

@@ -118,7 +118,7 @@ class RowBuilder:
             if source.mask is None:
                 raise DataError(
                     Fault.MISSING_MASK,
-                    f"{source.place}: label_filepath is empty but data.box_source=mask; name the mask or use text boxes",
+                    f"{source.place}: label_filepath is empty; data.box_source=mask needs it",
                 )
             mask = read_mask(self.root / source.mask, self.root / source.image, source.place)
             extents = region_extents(mask, self._regions)
