@@ -29,7 +29,9 @@ from rewards.ontology import Question
 from rewards.types import Example, Reasoning
 from rollouts.types import Prompt, VolumeFeatures
 
-SYSTEM_PROMPT = "You read knee MRI by MOAKS. bbox: first and last voxel of the region asked about, along slice, x and y, from 0."
+SYSTEM_PROMPT = (
+    "You read knee MRI by MOAKS. bbox: first and last voxel of the region along slice, x, y, counted from 0."
+)
 
 _NO_YES = "0 no, 1 yes"
 _WORDING = {
@@ -125,8 +127,8 @@ def volume_header(example: Example) -> str:
     slices, columns, rows = example.volume.shape
     ds, dx, dy = example.volume.spacing_mm
     return (
-        f"{example.side.capitalize()} knee, visit {example.visit}, {slices} slices of {columns} x {rows} voxels (x, y), "
-        f"{ds:.2f} x {dx:.2f} x {dy:.2f} mm each. "
+        f"{example.side.capitalize()} knee, visit {example.visit}, {slices} slices of {columns} x {rows} voxels (x, y) "
+        f"of {ds:.2f} x {dx:.2f} x {dy:.2f} mm. "
     )
 
 
