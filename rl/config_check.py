@@ -14,6 +14,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from rewards.suite import RewardSuite
+from rl.bench.endpoints import MEASURES
 from rl.config import Config, ConfigError
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -242,19 +244,13 @@ def _model(config: Config) -> Iterator[str]:
 
 
 def _rewards(config: Config) -> Iterator[str]:
-    components = config.rewards.components
-    names = [component.name.rpartition(":")[2] for component in components]
-    if not any(component.weight > 0 for component in components):
+    if not any(component.weight > 0 for component in config.rewards.components):
         yield "rewards.components has no positive weight: there is nothing to learn"
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"rewards.components has {name!r} twice: give the functions different names"
-    for component, name in zip(components, names, strict=True):
-        if component.weight == 0:
-            yield f"rewards.components: {name!r} has weight 0: remove it, or give it a weight"
-        if component.gate and component.gate not in names:
-            yield f"rewards.components: {name!r} has gate {component.gate!r}, none of {', '.join(names)}"
-        elif component.gate == name:
-            yield f"rewards.components: {name!r} is its own gate"
+    elif config.rewards.reader in CHOICES["rewards.reader"]:
+        try:  # the suite has its own rules (known functions, parameters, gates, signs); files are loaded here
+            RewardSuite.from_config(config.rewards)
+        except (ValueError, FileNotFoundError) as error:
+            yield f"rewards.components: {error}"
 
 
 def _grpo(config: Config) -> Iterator[str]:
@@ -289,6 +285,12 @@ def _ray(config: Config) -> Iterator[str]:
 
 
 def _compare_and_phantom(config: Config) -> Iterator[str]:
+    measure = config.compare.primary_endpoint.partition("/")[0]
+    if measure not in MEASURES:
+        yield (
+            f"compare.primary_endpoint is {config.compare.primary_endpoint!r}: use one of {', '.join(MEASURES)}, "
+            "or one of them and a column, as in 'iou/Femur'"
+        )
     if not 0 < config.compare.confidence < 1:
         yield f"compare.confidence is {config.compare.confidence}: it must be between 0 and 1"
     for field, numbers in (("shape", config.phantom.shape), ("fov_mm", config.phantom.fov_mm)):

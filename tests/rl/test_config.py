@@ -121,11 +121,17 @@ def test_a_value_outside_a_choice_names_the_allowed_ones(field: str) -> None:
         (["grpo.warmup_steps=60"], "below grpo.max_steps"),
         (["grpo.top_p=0"], "grpo.top_p"),
         (["grpo.temperature=0"], "grpo.temperature is 0.0: it must be greater than 0"),
-        (["rewards.components=[{name: box_iou, gate: format}]"], "gate 'format', none of box_iou"),
-        (["rewards.components=[{name: box_iou, gate: box_iou}]"], "its own gate"),
+        (
+            ["rewards.components=[{name: box_iou, gate: format}]"],
+            "gated by 'format', which is not in the suite",
+        ),
+        (["rewards.components=[{name: box_iou, gate: box_iou}]"], "circle"),
         (["rewards.components=[{name: box_iou}, {name: box_iou}]"], "twice"),
+        (["rewards.components=[{name: box_uoi}]"], "unknown reward 'box_uoi'; did you mean 'box_iou'"),
+        (["rewards.components=[{name: 'absent.py:f'}]"], r"absent\.py"),
         (["rewards.components=[{name: box_iou, weight: -1}]"], "no positive weight"),
         (["rewards.components=[]"], "no positive weight"),
+        (["compare.primary_endpoint=auc"], "compare.primary_endpoint is 'auc': use one of accuracy"),
         (["data.question_ids=[0,1,70]"], r"\[0, 70\].* 1 to 69"),
         (["data.question_ids=[3,3]"], "twice"),
         (["data.box_convention.axes='slice=2,x=0,y=0'"], "one file axis"),
@@ -156,8 +162,12 @@ def test_all_problems_are_reported_at_once() -> None:
     assert str(error.value).count("\n  - ") == 3
 
 
-def test_user_rewards_from_files_count_by_their_function_name() -> None:
-    validate(qwen_config("rewards.components=[{name: 'my.py:short', gate: box_iou}, {name: box_iou}]"))
+def test_a_gate_may_be_a_function_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from rewards import reward\n\n@reward\ndef brief(completion: str) -> float:\n    return 1.0\n"
+    )
+    validate(qwen_config(f"rewards.components=[{{name: '{file}:brief'}}, {{name: box_iou, gate: brief}}]"))
 
 
 def test_the_geometry_of_a_local_model_is_read_from_its_folder(tmp_path: Path) -> None:
