@@ -6,14 +6,14 @@ GRPO fields carry TRL's names. Every field says its unit; defaults follow the pa
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from rl.config_keys import unknown_keys
 
 
 class ConfigError(ValueError):
@@ -363,7 +363,7 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
             raise ConfigError(f"{origin}: {error}") from error
     try:
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:  # a field without a default was not given, or an interpolation fails
+    except OmegaConfBaseException as error:  # a value without default is not given, or a reference fails
         raise ConfigError(f"{path or 'configuration'}: {error}") from error
     assert isinstance(config, Config)
     return config
@@ -375,29 +375,6 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def _refuse_unknown_keys(layer: Any, origin: str) -> None:
-    known = set(_known_keys(Config, ""))
-    for key in _leaf_and_node_keys(OmegaConf.to_container(layer, resolve=False), ""):
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise ConfigError(f"{origin}: unknown config key {key!r}{hint}")
-
-
-def _known_keys(cls: type, prefix: str) -> list[str]:
-    keys = []
-    for f in dataclasses.fields(cls):
-        name = f"{prefix}{f.name}"
-        keys.append(name)
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
-        if dataclasses.is_dataclass(default):
-            keys += _known_keys(type(default), f"{name}.")
-    return keys
-
-
-def _leaf_and_node_keys(node: Any, prefix: str) -> list[str]:
-    keys = []
-    for name, value in node.items() if isinstance(node, dict) else []:
-        key = f"{prefix}{name}"
-        keys.append(key)
-        keys += _leaf_and_node_keys(value, f"{key}.")
-    return keys
+    for key, nearest in unknown_keys(OmegaConf.to_container(layer, resolve=False), Config):
+        hint = f"; did you mean {nearest!r}?" if nearest else ""
+        raise ConfigError(f"{origin}: unknown config key {key!r}{hint}")

@@ -1,0 +1,33 @@
+"""Which keys a nested mapping has that a tree of dataclasses does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator
+from typing import Any
+
+
+def unknown_keys(layer: Any, schema: type) -> Iterator[tuple[str, str | None]]:
+    """Dotted keys of `layer` that `schema` lacks, each with the nearest key it has (None: nothing is near)."""
+    known = list(_schema_keys(schema, ""))
+    for key in _layer_keys(layer, ""):
+        if key not in known:
+            yield key, next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.4)), None)
+
+
+def _schema_keys(schema: type, prefix: str) -> Iterator[str]:
+    for field in dataclasses.fields(schema):
+        name = f"{prefix}{field.name}"
+        yield name
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else None
+        if dataclasses.is_dataclass(default):
+            yield from _schema_keys(type(default), f"{name}.")
+
+
+def _layer_keys(node: Any, prefix: str) -> Iterator[str]:
+    """Sections and leaves of a nested mapping; what is inside a list is left to the typed merge."""
+    for name, value in node.items() if isinstance(node, dict) else ():
+        key = f"{prefix}{name}"
+        yield key
+        yield from _layer_keys(value, f"{key}.")
