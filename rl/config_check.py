@@ -32,6 +32,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "grpo.importance_correction": ("auto", "none", "token_truncate"),
     "eval.split": ("test", "val"),
     "ray.placement": ("separate", "colocate"),
+    "phantom.grades": ("natural", "balanced", "mixed"),
 }
 """Fields that take one of a few words."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from rewards import RewardSuite
+from rl.config import load_config
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("rewards", "rollouts", "rl")
@@ -125,3 +129,34 @@ def test_the_wheel_builds_and_carries_every_file_of_the_packages(tmp_path: Path)
     assert "rewards/ontology.json" in files
     assert not files - names, "files of the packages that the wheel lacks"
     assert not {name for name in names if not name.startswith((*PACKAGES, "reasonknee_rl-"))}
+
+
+def readme_block(language: str) -> str:
+    """The only fenced block of that language in the README."""
+    (block,) = re.findall(
+        rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    return str(block)
+
+
+def test_the_reward_shown_in_the_readme_works_with_the_yaml_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_rewards.py").write_text(readme_block("python"), encoding="utf-8")
+    (tmp_path / "run.yaml").write_text("data: {root: data}\n" + readme_block("yaml"), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    suite = RewardSuite.from_config(load_config(tmp_path / "run.yaml").rewards)
+    assert suite.names == ("output_format", "moaks_accuracy", "slab_found")
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_the_local_links_of_the_documents_lead_somewhere(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith(("http", "#"))]
+    assert not [link for link in links if not (ROOT / link.partition("#")[0]).exists()]
+
+
+def test_the_documents_name_only_recipes_that_exist() -> None:
+    for document in ("README.md", "CONTRIBUTING.md", "Makefile"):
+        named = re.findall(r"configs/[\w/]+\.(?:yaml|sbatch)", (ROOT / document).read_text(encoding="utf-8"))
+        assert not [name for name in named if not (ROOT / name).is_file()]

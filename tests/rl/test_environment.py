@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import rewards
 from rl.config import ConfigError
-from rl.environment import describe_environment, pick_device, pick_dtype, write_environment
+from rl.environment import check_one_install, describe_environment, pick_device, pick_dtype, write_environment
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests a machine without a GPU")
 
@@ -53,3 +57,19 @@ def test_the_environment_file_is_complete_json_and_leaves_no_temporary_file(tmp_
     path = write_environment(tmp_path / "run", seed=1)
     assert json.loads(path.read_text(encoding="utf-8"))["seed"] == 1
     assert [p.name for p in path.parent.iterdir()] == ["environment.json"]
+
+
+def test_a_folder_that_shadows_a_package_is_named(tmp_path: Path) -> None:
+    """A fresh interpreter started where the user has a `rewards/` of their own."""
+    own = tmp_path / "rewards"
+    shutil.copytree(Path(rewards.__file__).parent, own)
+    code = "import sys; sys.path.insert(0, '.'); from rl.environment import check_one_install; check_one_install()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert f"ConfigError: the package 'rewards' was imported from {tmp_path}" in done.stderr
+
+
+def test_the_packages_of_one_install_pass() -> None:
+    assert check_one_install() == Path(rewards.__file__).resolve().parents[1]
