@@ -16,7 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollouts.pool import EngineLocation, EnginePool, PoolLimits, _pack, _unpack, shard_by_volume
+from rollouts.actor import EngineLocation, pack, unpack
+from rollouts.pool import EnginePool, PoolLimits, shard_by_volume
 from rollouts.types import EngineError, Group, Prompt, Rollout, Sampling, VolumeFeatures
 
 LIMITS = PoolLimits(start_s=60, generate_s=60)
@@ -102,7 +103,7 @@ def test_sharding_balances_tokens_not_prompts() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_features_survive_packing_bit_by_bit(dtype: torch.dtype) -> None:
     features = VolumeFeatures("key", torch.randn(5, 4).to(dtype), (5, 2, 2), 0.25)
-    back = _unpack(_pack(features))
+    back = unpack(pack(features))
     assert back.embeds_V_H.dtype == dtype
     assert torch.equal(back.embeds_V_H, features.embeds_V_H)
     assert (back.key, back.grid_thw, back.second_per_grid_t) == ("key", (5, 2, 2), 0.25)
