@@ -49,14 +49,17 @@ def write_phantom(config: Config, progress: Progress | None = None) -> Path:
             f"phantom.out_dir is {root}, which holds a dataset that is not a phantom; choose another folder, "
             "phantoms would overwrite it"
         )
-    shape, fov_mm = _three(phantom.shape, "shape"), _three(phantom.fov_mm, "fov_mm")
-    counts = dict(
-        zip(SPLITS, (phantom.train_patients, phantom.val_patients, phantom.test_patients), strict=True)
-    )
+    x, y, slices = (int(n) for n in _three(phantom.shape, "shape"))
+    fov_mm = _three(phantom.fov_mm, "fov_mm")
+    counts: dict[str, int] = {
+        "train": phantom.train_patients,
+        "val": phantom.val_patients,
+        "test": phantom.test_patients,
+    }
     plans = plan_patients(counts, phantom.max_visits, phantom.grades, phantom.seed)
     questions = config.data.question_ids or list(BENCHMARK_QUESTION_IDS)
     _write_json(root / MARKER, {**dataclasses.asdict(phantom), "out_dir": ".", "question_ids": questions})
-    work = partial(write_patient, root=root, shape=tuple(map(int, shape)), fov_mm=fov_mm)
+    work = partial(write_patient, root=root, shape=(x, y, slices), fov_mm=fov_mm)
     findings = _in_processes(work, plans, progress)
     _write_question_files(root / "question_files", questions)
     for split in SPLITS:

@@ -54,13 +54,13 @@ def reasoning_sentence(question: Question, grades: Mapping[str, int]) -> str:
             return _meniscus(question, grades)
         case "Ligaments and tendons":
             return _ligament(question, grades)
-    return f"The region of the {region} shows {_sign(grades['presence'])} {_plain(entity)}."
+    return _present(entity, grades)
 
 
 def _bone(region: str, grades: Mapping[str, int]) -> str:
     size = grades[SIZE_OF_BML]
     seen = f"The marrow of the {region} has {_COUNT[grades[NUMBER_OF_BML]]}"
-    return f"{seen} over {_THIRDS[size]} of it, {_CYST[grades[SHARE_OF_BML]]}." if size else f"{seen}."
+    return f"{seen} covering {_THIRDS[size]} of it, {_CYST[grades[SHARE_OF_BML]]}." if size else f"{seen}."
 
 
 def _meniscus(question: Question, grades: Mapping[str, int]) -> str:
@@ -73,7 +73,7 @@ def _meniscus(question: Question, grades: Mapping[str, int]) -> str:
         tear = grades["tear_location"]
         tail = f" {_TEAR_SEGMENT[tear]}" if tear < len(_TEAR_SEGMENT) else ""
         return f"Beside the {region} there is {'a' if grades['presence'] else 'no'} cyst{tail}."
-    return f"The {region} shows {_sign(grades['presence'])} {_plain(question.entity)}."
+    return _present(question.entity, grades)
 
 
 def _ligament(question: Question, grades: Mapping[str, int]) -> str:
@@ -94,6 +94,5 @@ def _sign(present: int) -> str:
     return "a sign of" if present else "no"
 
 
-def _plain(entity: str) -> str:
-    words = entity.removesuffix("_presence").replace("_", " ").split()
-    return " ".join(words[-2:])
+def _present(entity: str, grades: Mapping[str, int]) -> str:
+    return f"There is {_sign(grades['presence'])} {entity.removesuffix('_presence').replace('_', ' ')}."
