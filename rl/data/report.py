@@ -110,8 +110,10 @@ def _splits_table(report: CheckReport) -> Table:
 
 
 def _files_table(report: CheckReport) -> Table:
-    columns = ("file", "split", "items", "sound", "questions", "volumes", "with box", "with reasoning")
-    table = Table(*columns, title="Item files", title_justify="left")
+    table = Table(title="Item files", title_justify="left")
+    table.add_column("file", no_wrap=True)
+    for heading in ("split", "items", "sound", "questions", "volumes", "with box", "with reasoning"):
+        table.add_column(heading)
     for name, c in report.files.items():
         numbers = (c.items, c.sound, len(c.questions), len(c.volumes), c.with_box, c.with_reasoning)
         table.add_row(escape(name), c.split, *map(str, numbers))
