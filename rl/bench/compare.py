@@ -177,20 +177,25 @@ def _difference(
 ) -> Difference:
     n_merged = n @ endpoint.merge
     value_a, value_b = (
-        float(value(n_merged.sum(0), (s @ endpoint.merge).sum(0), endpoint.group)) for s in (s_a, s_b)
+        float(value(n_merged.sum(axis=0), (s @ endpoint.merge).sum(axis=0), endpoint.group))
+        for s in (s_a, s_b)
     )
+    n_patients = int((n_merged.sum(axis=1) > 0).sum())
+    methods = (bootstrap_t_interval, percentile_interval, bca_interval)
+    # one patient says nothing about others: every difference remains possible
+    intervals = [Interval(-1.0, 1.0) if n_patients < 2 else m(resampled, confidence) for m in methods]
     return Difference(
         measure=endpoint.measure,
         column=endpoint.column,
         a=value_a,
         b=value_b,
         difference=resampled.estimate,
-        interval=bootstrap_t_interval(resampled, confidence),
-        percentile=percentile_interval(resampled, confidence),
-        bca=bca_interval(resampled, confidence),
+        interval=intervals[0],
+        percentile=intervals[1],
+        bca=intervals[2],
         p_value=resampled.p_value,
         n=int(n_merged.sum()),
-        n_patients=int((n_merged.sum(axis=1) > 0).sum()),
+        n_patients=n_patients,
     )
 
 

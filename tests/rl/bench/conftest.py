@@ -16,7 +16,9 @@ from rl.bench.answers import BenchRun, RunMeta, answer_row, make_run
 SHAPE = (16, 48, 40)
 
 
-def make_examples(patients: int, question_ids: Sequence[int] = range(1, 63), visits: int = 2, seed: int = 0) -> list[Example]:
+def make_examples(
+    patients: int, question_ids: Sequence[int] = range(1, 63), visits: int = 2, seed: int = 0
+) -> list[Example]:
     """Truths with most grades 0, boxes near a place of their region."""
     rng = np.random.default_rng(seed)
     examples = []
@@ -56,7 +58,12 @@ def _box(rng: np.random.Generator, question_id: int) -> Box3D:
 
 
 def answer_all(
-    examples: Sequence[Example], name: str, skill: float, seed: int = 0, patient_sd: float = 0.0, broken: float = 0.0
+    examples: Sequence[Example],
+    name: str,
+    skill: float,
+    seed: int = 0,
+    patient_sd: float = 0.0,
+    broken: float = 0.0,
 ) -> BenchRun:
     """A model that gives the true grade with probability `skill` (else 0), shifts boxes less the better it is.
 
@@ -68,13 +75,17 @@ def answer_all(
     of_patient: dict[str, float] = {}
     rows = []
     for example in examples:
-        own = of_patient.setdefault(example.patient_id, float(np.clip(skill + patient_sd * rng.normal(), 0, 1)))
+        own = of_patient.setdefault(
+            example.patient_id, float(np.clip(skill + patient_sd * rng.normal(), 0, 1))
+        )
         grades = {n: g if rng.random() < own else 0 for n, g in example.truth.grades.items()}
         shift = 0 if rng.random() < own else int(rng.integers(1, 4))
         assert example.truth.bbox is not None
         s0, s1, x0, x1, y0, y1 = example.truth.bbox.to_text()
         box = Box3D.from_text([s0, s1, x0 + shift, x1 + shift, y0, y1])
-        completion = format_answer(example.question, grades, box, f"The {example.question.region} was looked at.")
+        completion = format_answer(
+            example.question, grades, box, f"The {example.question.region} was looked at."
+        )
         if rng.random() < broken:
             completion = completion[: len(completion) // 2]
         rows.append(answer_row(example, completion, "stop", "strict"))

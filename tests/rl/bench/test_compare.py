@@ -1,0 +1,212 @@
+"""Comparing two runs: nothing where there is nothing, something where it was planted, only like with like."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import polars as pl
+import pytest
+
+from rl.bench.answers import BenchRun
+from rl.bench.compare import CompareError, check_same_items, compare, outcome, seed_summary, signed, verdict
+from rl.bench.endpoints import OVERALL
+from rl.bench.metrics import grade_run, tables
+from rl.config import CompareConfig
+
+QUICK = CompareConfig(bootstrap_draws=1000)
+QUESTIONS = [1, 2, 16, 17, 30, 42, 48, 54, 60, 61]
+
+
+@pytest.fixture(scope="module")
+def items(examples):
+    return examples(24, QUESTIONS)
+
+
+@pytest.fixture(scope="module")
+def weak(items, answered):
+    return answered(items, "SFT", 0.5, seed=1, patient_sd=0.1)
+
+
+@pytest.fixture(scope="module")
+def strong(items, answered):
+    return answered(items, "GRPO", 0.8, seed=2, patient_sd=0.1)
+
+
+@pytest.fixture(scope="module")
+def comparison(weak, strong):
+    return compare(weak, strong, QUICK)
+
+
+def named(run: BenchRun, name: str) -> BenchRun:
+    return BenchRun(dataclasses.replace(run.meta, name=name), run.answers)
+
+
+def test_identical_runs_differ_by_exactly_0(weak):
+    for difference in compare(weak, named(weak, "again"), QUICK).differences:
+        assert difference.difference == 0
+        for interval in (difference.interval, difference.percentile, difference.bca):
+            assert (interval.low, interval.high) == (0, 0)
+        assert difference.p_value == 1
+        assert outcome(difference) == "no difference shown"
+
+
+def test_a_planted_improvement_is_found(comparison):
+    for measure in ("accuracy", "balanced_accuracy", "balanced_accuracy_pooled", "iou"):
+        difference = comparison.get(measure)
+        assert difference.difference > 0.1
+        assert outcome(difference) == "won"
+        assert difference.p_value < 0.01
+
+
+def test_turning_the_comparison_round_turns_every_sign(weak, strong, comparison):
+    for there, back in zip(comparison.differences, compare(strong, weak, QUICK).differences, strict=True):
+        assert (back.a, back.b) == (there.b, there.a)
+        assert back.difference == pytest.approx(-there.difference, abs=1e-12)
+        assert back.interval.low == pytest.approx(-there.interval.high, abs=1e-9)
+        assert back.p_value == there.p_value
+
+
+def test_the_compared_values_are_the_tables_values(weak, strong, comparison):
+    of_a, of_b = tables(grade_run(weak)).values, tables(grade_run(strong)).values
+    for difference in comparison.differences:
+        cell_a, cell_b = (
+            of_a[difference.measure][difference.column],
+            of_b[difference.measure][difference.column],
+        )
+        assert (difference.a, difference.b) == pytest.approx((cell_a.value, cell_b.value))
+        assert difference.difference == pytest.approx(cell_b.value - cell_a.value)
+        assert difference.n == cell_a.n
+
+
+def test_the_order_of_rows_does_not_matter(weak, strong, comparison):
+    shuffled = BenchRun(strong.meta, strong.answers.sample(fraction=1, shuffle=True, seed=0))
+    for ours, theirs in zip(comparison.differences, compare(weak, shuffled, QUICK).differences, strict=True):
+        assert ours.difference == pytest.approx(theirs.difference)
+        assert ours.interval.low == pytest.approx(theirs.interval.low)
+
+
+def test_the_seed_decides_the_interval(weak, strong, comparison):
+    assert compare(weak, strong, QUICK, seed=0) == comparison
+    assert compare(weak, strong, QUICK, seed=1).get("iou").interval != comparison.get("iou").interval
+
+
+def test_empty_columns_are_absent(comparison):
+    assert comparison.get("accuracy", "Periarticular") is None
+    assert comparison.get("iou", "Synovitis") is not None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dataset_fingerprint", "other"),
+        ("split_file", "test_balanced.json"),
+        ("reader", "tolerant"),
+        ("question_ids", (1, 2)),
+    ],
+)
+def test_runs_on_different_terms_are_refused_by_field(weak, strong, field, value):
+    other = BenchRun(dataclasses.replace(strong.meta, **{field: value}), strong.answers)
+    with pytest.raises(CompareError, match=f"differ in {field}"):
+        compare(weak, other, QUICK)
+
+
+def test_items_of_one_run_only_are_refused_by_name(weak, strong):
+    fewer = BenchRun(strong.meta, strong.answers.tail(-1))
+    with pytest.raises(
+        CompareError, match=f"1 items are in one run only, e.g. {strong.answers['example_id'][0]}"
+    ):
+        check_same_items(weak, fewer)
+
+
+def test_another_truth_is_refused_with_both_truths_named(weak, examples, answered):
+    other = [
+        dataclasses.replace(e, truth=dataclasses.replace(e.truth, grades=dict.fromkeys(e.truth.grades, 1)))
+        for e in examples(24, QUESTIONS)
+    ]
+    with pytest.raises(CompareError, match=r"items differ .* truth_grades: .* against"):
+        compare(weak, answered(other, "GRPO", 0.5), QUICK)
+
+
+def test_an_unknown_primary_endpoint_is_refused(weak, strong):
+    with pytest.raises(CompareError, match="primary_endpoint is 'balanced'"):
+        compare(weak, strong, dataclasses.replace(QUICK, primary_endpoint="balanced"))
+
+
+def test_the_verdict_says_who_won_on_each_of_the_two_apart(comparison):
+    text = verdict(comparison)
+    assert "Balanced accuracy (the primary endpoint, declared in the config): GRPO won" in text
+    assert "Mean IoU: GRPO won" in text
+    for words in (
+        "24 patients",
+        "480 items",
+        "test.json",
+        "greedy decoding",
+        "strict reader",
+        "95% interval +",
+    ):
+        assert words in text
+    assert "\n" not in text
+
+
+def test_the_verdict_says_lost_and_no_difference_shown(weak, strong):
+    assert "Mean IoU: GRPO lost" in verdict(compare(named(strong, "SFT"), named(weak, "GRPO"), QUICK))
+    same = verdict(compare(weak, named(weak, "again"), QUICK))
+    assert "no difference shown" in same
+    assert "difference 0.000 (95% interval 0.000 to 0.000)" in same
+
+
+def test_the_verdict_names_a_primary_column(weak, strong):
+    settings = dataclasses.replace(QUICK, primary_endpoint="accuracy/BML")
+    assert "Accuracy of BML (the primary endpoint" in verdict(compare(weak, strong, settings))
+
+
+def test_a_handful_of_patients_is_no_evidence(examples, answered):
+    few = examples(3, [1, 42])
+    text = verdict(compare(answered(few, "SFT", 0.2), answered(few, "GRPO", 0.9), QUICK))
+    assert "With 3 patients nothing here should be taken as shown" in text
+
+
+def test_one_patient_shows_nothing_however_large_the_difference(examples, answered):
+    one = examples(1, [1, 42])
+    result = compare(answered(one, "SFT", 0.0), answered(one, "GRPO", 1.0), QUICK)
+    assert result.n_patients == 1
+    assert {outcome(d) for d in result.differences} == {"no difference shown"}
+
+
+def test_a_negative_zero_is_never_written():
+    assert [signed(x) for x in (-0.0001, 0.0121, -0.5)] == ["0.000", "+0.012", "−0.500"]
+
+
+def test_seeds_are_the_unit_for_a_claim_about_the_method(weak, items, answered):
+    runs = [answered(items, "GRPO", 0.8, seed=s) for s in (2, 3, 4)]
+    comparisons = [compare(weak, run, QUICK) for run in runs]
+    summary = next(s for s in seed_summary(comparisons) if (s.measure, s.column) == ("iou", OVERALL))
+    values = np.array([c.get("iou").difference for c in comparisons])
+    assert summary.mean == pytest.approx(values.mean())
+    # 4.303 is the 97.5 % quantile of Student's t with 2 degrees of freedom
+    half = 4.3027 * values.std(ddof=1) / np.sqrt(3)
+    assert (summary.interval.low, summary.interval.high) == pytest.approx(
+        (values.mean() - half, values.mean() + half), rel=1e-4
+    )
+
+
+def test_one_seed_has_no_interval_over_seeds(comparison):
+    assert seed_summary([comparison])[0].interval is None
+    with pytest.raises(CompareError, match="at least one"):
+        seed_summary([])
+
+
+def test_seeds_on_different_test_files_are_refused(comparison):
+    other = dataclasses.replace(comparison, b=dataclasses.replace(comparison.b, split_file="other.json"))
+    with pytest.raises(CompareError, match="differ in test file"):
+        seed_summary([comparison, other])
+
+
+def test_a_run_that_reads_nothing_loses(weak):
+    broken = BenchRun(
+        dataclasses.replace(weak.meta, name="broken"), weak.answers.with_columns(completion=pl.lit("…"))
+    )
+    result = compare(weak, broken, QUICK)
+    assert outcome(result.get("balanced_accuracy")) == "lost"
+    assert result.get("strict").b == 0

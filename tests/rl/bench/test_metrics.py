@@ -1,0 +1,139 @@
+"""The tables agree with independent implementations, and say what they left out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score
+
+from rewards.boxes import Box3D
+from rewards.ontology import QUESTIONS
+from rewards.reading import format_answer
+from rewards.types import Truth
+from rl.bench.answers import answer_row, make_run
+from rl.bench.endpoints import CATEGORIES, MEASURES, OVERALL, TABLE2_COLUMNS, TABLE3_COLUMNS
+from rl.bench.metrics import grade_histogram, grade_run, tables
+
+
+@pytest.fixture(scope="module")
+def graded(examples, answered):
+    return grade_run(answered(examples(12, range(1, 70)), "SFT", 0.6, seed=3, broken=0.05))
+
+
+UNREAD = -1
+
+
+def by_attribute(graded, column=None):
+    frame = graded.attributes
+    if column is not None:
+        frame = frame.filter((frame["table2_column"] == column) | (frame["category"] == column))
+    for _, rows in frame.group_by("attribute_id", maintain_order=True):
+        yield rows["truth"].to_numpy(), rows["predicted"].fill_null(UNREAD).to_numpy()
+
+
+@pytest.mark.parametrize("column", [None, *TABLE2_COLUMNS, *CATEGORIES])
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+def test_accuracies_agree_with_scikit_learn(graded, column):
+    values = {
+        m: tables(graded).values[m][column or OVERALL].value for m in MEASURES if m not in ("iou", "strict")
+    }
+    pairs = list(by_attribute(graded, column))
+    truth, predicted = (np.concatenate(x) for x in zip(*pairs, strict=True))
+    assert values["accuracy"] == pytest.approx(accuracy_score(truth, predicted))
+    assert values["accuracy_macro"] == pytest.approx(np.mean([accuracy_score(*p) for p in pairs]))
+    assert values["balanced_accuracy"] == pytest.approx(np.mean([balanced_accuracy_score(*p) for p in pairs]))
+
+
+def test_the_pooled_form_is_recall_per_grade_of_a_grade_space(graded):
+    truth, predicted = (np.concatenate(x) for x in zip(*by_attribute(graded, "BML"), strict=True))
+    recalls = recall_score(truth, predicted, average=None, labels=[0, 1, 2, 3])
+    assert tables(graded).values["balanced_accuracy_pooled"]["BML"].value == pytest.approx(np.mean(recalls))
+
+
+def test_mean_iou_is_taken_over_the_items_of_a_structure(graded):
+    items = graded.items
+    for structure in TABLE3_COLUMNS:
+        expected = items.filter(items["table3_column"] == structure)["iou"].mean()
+        assert tables(graded).values["iou"][structure].value == pytest.approx(expected)
+    assert tables(graded).values["iou"][OVERALL].value == pytest.approx(items["iou"].mean())
+
+
+def one_item_run(meta, example, completion, reader="strict", finish_reason="stop"):
+    run_meta = dataclasses.replace(meta("x"), reader=reader)
+    return make_run([answer_row(example, completion, finish_reason, reader)], run_meta)
+
+
+def test_an_unreadable_answer_is_wrong_and_counted(examples, meta):
+    example = examples(1, [1], visits=1)[0]
+    result = tables(grade_run(one_item_run(meta, example, "no idea", finish_reason="length")))
+    assert result.values["accuracy"][OVERALL].value == 0
+    assert result.values["iou"][OVERALL].value == 0
+    assert result.values["strict"][OVERALL].value == 0
+    assert (result.counts["unread_grades"], result.counts["unread_boxes"], result.counts["truncated"]) == (
+        3,
+        1,
+        1,
+    )
+    assert sum(result.problems["format"].values()) == 1
+    assert "3 of 3 grades and 1 of 1 boxes could not be read and count as wrong" in result.failures
+
+
+def test_a_bad_box_does_not_spoil_good_grades(examples, meta):
+    example = examples(1, [42], visits=1)[0]
+    completion = format_answer(example.question, example.truth.grades, None, "Looked.")
+    result = tables(grade_run(one_item_run(meta, example, completion)))
+    assert result.values["accuracy"][OVERALL].value == 1
+    assert result.values["iou"][OVERALL].value == 0
+
+
+def test_a_missing_truth_is_left_out_and_counted(examples, meta):
+    example = examples(1, [1], visits=1)[0]
+    known = QUESTIONS[1].attributes[0].name
+    truth = Truth({known: 2}, None)
+    completion = format_answer(example.question, {known: 2}, Box3D(0, 1, 0, 1, 0, 1), "Looked.")
+    result = tables(grade_run(one_item_run(meta, dataclasses.replace(example, truth=truth), completion)))
+    assert result.values["accuracy"][OVERALL] == dataclasses.replace(
+        result.values["accuracy"][OVERALL], value=1.0, n=1
+    )
+    assert result.values["iou"][OVERALL].value is None
+    assert (result.counts["missing_true_grades"], result.counts["missing_true_boxes"]) == (2, 1)
+
+
+def test_an_empty_column_is_empty_and_not_zero(examples, answered):
+    result = tables(grade_run(answered(examples(2, [1]), "SFT", 0.5)))
+    assert result.values["accuracy"]["Periarticular"].value is None
+    assert result.values["accuracy"]["Meniscus"].value is None
+    assert result.values["iou"]["ACL"].value is None
+
+
+def test_the_tolerant_reader_reads_more_and_the_strict_rate_stands_beside_it(examples, meta):
+    example = examples(1, [42], visits=1)[0]
+    completion = format_answer(example.question, example.truth.grades, example.truth.bbox, "Looked.")
+    fenced = f"Sure!\n```json\n{completion.partition('<answer>')[2].removesuffix('</answer>')}\n```"
+    strict = tables(grade_run(one_item_run(meta, example, fenced)))
+    tolerant = tables(grade_run(one_item_run(meta, example, fenced, "tolerant")))
+    assert strict.values["accuracy"][OVERALL].value == 0
+    assert tolerant.values["accuracy"][OVERALL].value == 1
+    assert tolerant.values["strict"][OVERALL].value == 0
+
+
+def test_a_collapse_to_grade_0_shows_in_the_histogram(examples, answered):
+    graded = grade_run(answered(examples(6, range(16, 30)), "collapsed", 0.0))
+    rows = grade_histogram(graded).rows_by_key("grade", named=True)
+    assert rows[0][0]["predicted_count"] == 6 * 2 * 14 * 2
+    assert [rows[g][0]["predicted_count"] for g in (1, 2, 3, None)] == [0, 0, 0, 0]
+    assert rows[3][0]["true_count"] > 0
+
+
+def test_the_header_names_test_file_question_set_reader_and_size(graded):
+    header = tables(graded).header
+    for words in (
+        "test.json",
+        "69 questions (1-69)",
+        "strict reader",
+        "greedy",
+        "1,656 items of 12 patients",
+    ):
+        assert words in header
