@@ -30,7 +30,7 @@ from rewards.types import Example, Reasoning
 from rollouts.types import Prompt, VolumeFeatures
 
 SYSTEM_PROMPT = (
-    "You read knee MRI by MOAKS. bbox: first and last voxel of the region along slice, x, y, counted from 0."
+    "You read knee MRI by MOAKS. bbox: first and last voxel of the region along slice, x, y, from 0."
 )
 
 _NO_YES = "0 no, 1 yes"

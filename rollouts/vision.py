@@ -242,8 +242,14 @@ def _visual_tensors(folder: Path) -> Iterable[tuple[str, torch.Tensor]]:
 def _build(
     folder: Path, config: Any, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> Qwen2_5_VisionTransformerPretrainedModel:
+    # wrong shapes are reported like missing and unexpected tensors, so that all of them are refused by name below
     visual, loading = Qwen2_5_VisionTransformerPretrainedModel.from_pretrained(
-        None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+        None,
+        config=config,
+        state_dict=dict(tensors),
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
     faults = {name: sorted(map(str, keys)) for name, keys in loading.items() if keys}
     if faults:
