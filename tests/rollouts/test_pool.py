@@ -179,7 +179,7 @@ def test_a_dead_engine_is_restarted_with_the_published_adapter(
 def test_an_engine_that_dies_twice_is_an_error(start: Callable[..., EnginePool], tmp_path: Path) -> None:
     pool = start()
     (tmp_path / "die_always").touch()
-    with pytest.raises(EngineError, match="^engine 0 died") as caught:
+    with pytest.raises(EngineError, match=r"^engine 0 died") as caught:
         _ask(pool)
     assert "restarted after: engine 0 died" in str(caught.value)
 
@@ -199,7 +199,7 @@ def test_an_engines_own_error_comes_first_and_is_not_retried(
 ) -> None:
     pool = start()
     (tmp_path / "refuse").touch()
-    with pytest.raises(EngineError, match="^volume1: features are not finite"):
+    with pytest.raises(EngineError, match=r"^volume1: features are not finite"):
         _ask(pool)
     assert len(_ask(pool)) == 6  # the engine itself is alive
 
@@ -207,7 +207,7 @@ def test_an_engines_own_error_comes_first_and_is_not_retried(
 @pytest.mark.slow
 def test_an_engine_that_cannot_start_is_an_error(start: Callable[..., EnginePool], tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
-    with pytest.raises(EngineError, match="^weights are missing"):
+    with pytest.raises(EngineError, match=r"^weights are missing"):
         start()
 
 
