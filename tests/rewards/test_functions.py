@@ -1,0 +1,161 @@
+"""What each shipped reward pays for, and what it never pays for."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from rewards import (
+    QUESTIONS,
+    Answer,
+    Box3D,
+    Example,
+    Problem,
+    Truth,
+    box_giou,
+    box_iou,
+    format_answer,
+    moaks_accuracy,
+    output_format,
+    read_answer,
+    rule_violations,
+    soft_overlong,
+)
+
+BOX = Box3D(2, 6, 10, 30, 20, 50)
+Make = Callable[..., Example]
+
+
+def gold(example: Example) -> Answer:
+    text = format_answer(example.question, example.truth.grades, example.truth.bbox, reasoning="thin")
+    return read_answer(text, example.question, shape=example.volume.shape)
+
+
+@pytest.mark.parametrize("question_id", QUESTIONS)
+def test_the_true_answer_scores_full_marks(question_id: int, make_example: Make) -> None:
+    example = make_example(question_id)
+    answer = gold(example)
+    assert output_format(answer) == 1.0
+    assert moaks_accuracy(answer, example.truth) == 1.0
+    assert box_iou(answer, example.truth) == 1.0
+    assert box_giou(answer, example.truth) == 1.0
+    assert rule_violations(answer, example.question, example) == 0.0
+
+
+def test_accuracy_is_the_share_of_graded_attributes_answered_exactly() -> None:
+    truth = Truth({"a": 2, "b": 1, "c": 0}, None)
+    assert moaks_accuracy(Answer({"a": 2, "b": 1, "c": 0}), truth) == 1.0
+    assert moaks_accuracy(Answer({"a": 2, "b": 0, "c": 0}), truth) == pytest.approx(2 / 3)
+    assert moaks_accuracy(Answer({"a": 2}), truth) == pytest.approx(1 / 3)
+    assert moaks_accuracy(Answer(), truth) == 0.0
+
+
+def test_a_near_miss_earns_no_more_than_a_far_one() -> None:
+    """Partial credit makes the collapse to grade 0 pay more: most grades are 0."""
+    truth = Truth({"a": 1}, None)
+    assert moaks_accuracy(Answer({"a": 0}), truth) == moaks_accuracy(Answer({"a": 3}), truth) == 0.0
+
+
+def test_answering_what_was_not_graded_earns_nothing() -> None:
+    assert moaks_accuracy(Answer({"a": 2, "b": 1}), Truth({"a": 1}, None)) == 0.0
+
+
+def test_not_applicable_is_none_and_not_zero() -> None:
+    assert moaks_accuracy(Answer(), Truth({}, BOX)) is None
+    assert box_iou(Answer(), Truth({"a": 1}, None)) is None
+    assert box_giou(Answer(), Truth({"a": 1}, None)) is None
+
+
+def test_an_unreadable_box_scores_zero_and_is_not_left_out() -> None:
+    assert box_iou(Answer(), Truth({}, BOX)) == box_giou(Answer(), Truth({}, BOX)) == 0.0
+
+
+@pytest.mark.parametrize("numbers", ["[15, 0, 95, 0, 95, 0]", "[5, 2, 29, 10, 49, 20]"])
+@pytest.mark.parametrize("mode", ["strict", "tolerant"])
+def test_an_inverted_box_scores_zero(numbers: str, mode: Any) -> None:
+    """One formula in public use pays 26 for the inverted image and 2 for the inverted true box."""
+    question = QUESTIONS[44]
+    good = format_answer(question, {"grade": 1}, BOX, reasoning="a")
+    answer = read_answer(good.replace(str(BOX.to_text()), numbers), question, mode=mode)
+    assert answer.bbox_problem is Problem.BOX_INVERTED
+    assert box_iou(answer, Truth({}, BOX)) == box_giou(answer, Truth({}, BOX)) == 0.0
+
+
+def test_a_box_that_leaves_the_volume_pays_for_the_voxels_outside() -> None:
+    outside = Answer(bbox=Box3D(2, 6, 10, 30, 20, 110), bbox_problem=Problem.BOX_OUTSIDE_VOLUME)
+    assert box_iou(outside, Truth({}, BOX)) == pytest.approx(30 / 90)
+
+
+def test_giou_still_tells_near_from_far_when_boxes_miss() -> None:
+    truth = Truth({}, BOX)
+    near, far = Answer(bbox=Box3D(2, 6, 31, 51, 20, 50)), Answer(bbox=Box3D(2, 6, 75, 95, 20, 50))
+    assert box_iou(near, truth) == box_iou(far, truth) == 0.0
+    assert 0.0 < box_giou(far, truth) < box_giou(near, truth) < 0.5  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "<think></think><answer></answer>",
+        "<",
+        "<think>a</think><answer>{}</answer><answer>{}</answer>",
+        "<think><answer>{}</answer></think>",
+        "acl or meniscus or pcl",
+        "m",
+        "",
+    ],
+)
+@pytest.mark.parametrize("mode", ["strict", "tolerant"])
+def test_texts_that_fool_public_rewards_earn_nothing(completion: str, mode: Any, make_example: Make) -> None:
+    example = make_example(60)
+    answer = read_answer(completion, example.question, mode=mode)
+    assert output_format(answer) == 0.0
+    assert moaks_accuracy(answer, example.truth) == 0.0
+    assert box_iou(answer, example.truth) == 0.0
+
+
+@pytest.mark.parametrize("value", ["true", "NaN", "1e400", '"0-3"', "[0, 1, 2, 3]", '"one"'])
+@pytest.mark.parametrize("mode", ["strict", "tolerant"])
+def test_values_that_are_no_grade_never_match_a_true_grade_of_one(
+    value: str, mode: Any, make_example: Make
+) -> None:
+    example = make_example(44)
+    text = format_answer(example.question, {"grade": 1}, BOX, reasoning="a").replace(
+        '"grade": 1', f'"grade": {value}'
+    )
+    assert moaks_accuracy(read_answer(text, example.question, mode=mode), example.truth) == 0.0
+
+
+def test_rule_violations_counts_contradictions_of_size_zero(make_example: Make) -> None:
+    bml = make_example(1)
+    size, number, percent = (attribute.name for attribute in bml.question.attributes)
+    for grades, share in (((0, 0, 0), 0.0), ((0, 1, 0), 0.5), ((0, 1, 2), 1.0), ((1, 0, 0), 0.0)):
+        answer = Answer(dict(zip((size, number, percent), grades, strict=True)))
+        assert rule_violations(answer, bml.question, bml) == share
+    cartilage = make_example(16)
+    answer = Answer({"Size of lesion": 0, "Depth of lesion": 1})
+    assert rule_violations(answer, cartilage.question, cartilage) == 1.0
+
+
+def test_progressive_maceration_needs_an_earlier_visit(make_example: Make) -> None:
+    answer = Answer({"morphology": 7})
+    for visit, share in (("00M", 1.0), ("12M", 0.0)):
+        example = make_example(48, visit=visit)
+        assert rule_violations(answer, example.question, example) == share
+
+
+def test_unreadable_grades_violate_every_rule(make_example: Make) -> None:
+    example = make_example(44)
+    assert rule_violations(read_answer("x", example.question), example.question, example) == 1.0
+
+
+def test_soft_overlong_rises_over_the_last_characters() -> None:
+    lengths = (100, 150, 175, 200, 500)
+    assert [soft_overlong("x" * n, max_chars=200, cache_chars=50) for n in lengths] == [
+        0.0,
+        0.0,
+        0.5,
+        1.0,
+        1.0,
+    ]
+    assert [soft_overlong("x" * n, max_chars=200, cache_chars=0) for n in (200, 201)] == [0.0, 1.0]
