@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
@@ -59,7 +60,7 @@ def volume_key(volume: Volume, recipe: str) -> str:
     """Cache key: hash of the voxels, their spacing and the recipe. The file's name and place do not matter."""
     digest = xxhash.xxh3_128()
     digest.update(f"{recipe} {volume.array.shape} {volume.spacing_mm}".encode())
-    digest.update(_bytes_of(torch.from_numpy(volume.array)))
+    digest.update(np.ascontiguousarray(volume.array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
