@@ -15,7 +15,7 @@ import pytest
 from rewards.boxes import Box3D
 from rewards.ontology import QUESTIONS
 from rl.config import Config
-from rl.data.boxes import Convention, box_to_text
+from rl.data.boxes import Convention, box_to_text, extent_box
 from rl.data.layout import HEADER
 
 FILE_SHAPE = (12, 10, 6)
@@ -158,7 +158,10 @@ class TinyDataset:
                 )
 
     def _item(self, knee: int, question: int) -> dict[str, str]:
-        numbers = box_to_text(region_boxes(knee)[question], self.convention.grid(FILE_SHAPE), self.convention)
+        b = region_boxes(knee)[question]
+        extent = (slice(b.x_min, b.x_max), slice(b.y_min, b.y_max), slice(b.slice_min, b.slice_max))
+        box = extent_box(extent, self.convention)
+        numbers = box_to_text(box, self.convention.grid(FILE_SHAPE), self.convention)
         truth = diagnosis(question, knee_grades(knee, question), numbers)
         return {
             "image": f"../data/{self._image_name(knee)}",

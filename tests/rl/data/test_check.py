@@ -25,8 +25,20 @@ def _save(path, array, affine=AFFINE) -> None:
     nib.save(nib.Nifti1Image(array, affine), path)
 
 
+def _stored(path) -> bytes:
+    """The file as an uncompressed gzip stream, in which a byte is a voxel."""
+    return gzip.compress(gzip.decompress(path.read_bytes()), compresslevel=0)
+
+
 def _truncate(path) -> None:
-    path.write_bytes(path.read_bytes()[:-200])
+    path.write_bytes(_stored(path)[:-200])
+
+
+def _flip_bit(path) -> None:
+    """One voxel differs: only the checksum tells."""
+    content = bytearray(_stored(path))
+    content[-20] ^= 1
+    path.write_bytes(content)
 
 
 def _mask_of(data, knee: int) -> np.ndarray:
@@ -112,9 +124,14 @@ FAULTS = {
         ("train_split.csv:2", "20040915_10240_1.nii.gz is not a readable NIfTI"),
     ),
     "truncated mask": (
-        lambda d: d.mask(0).write_bytes(d.mask(0).read_bytes()[:-12]),
+        lambda d: _truncate(d.mask(0)),
         Fault.UNREADABLE_MASK,
         ("train_split.csv:2", "knee_000.nii.gz is truncated or damaged"),
+    ),
+    "one flipped bit": (
+        lambda d: _flip_bit(d.image(0)),
+        Fault.UNREADABLE_VOLUME,
+        ("train_split.csv:2", "20040915_10240_1.nii.gz is truncated or damaged", "CRC"),
     ),
     "NaN volume": (
         _with_nan,
@@ -132,7 +149,7 @@ FAULTS = {
         ("train_split.csv:5", "knee_003.nii.gz has shape (12, 10, 5)", "(12, 10, 6)"),
     ),
     "mask elsewhere": (
-        lambda d: _save(d.mask(3), _mask_of(d, 3), AFFINE + np.eye(4)[:, [1, 2, 3, 0]] * 0 + _shift(5.0)),
+        lambda d: _save(d.mask(3), _mask_of(d, 3), AFFINE + _shift(5.0)),
         Fault.MASK_MISMATCH,
         ("train_split.csv:5", "knee_003.nii.gz has another affine", "[5.0, 0.0, 0.0]"),
     ),
@@ -291,10 +308,7 @@ def test_a_wrong_convention_is_refused_and_the_right_one_accepted(write_dataset,
     report = check_dataset(config)
     (message,) = report.of(Fault.CONVENTION)
     axes, flip, end = configured_values(written_by)
-    assert (
-        f'data.box_convention.axes="{axes}" data.box_convention.flip="{flip}" data.box_convention.end={end}'
-        in message
-    )
+    assert f'.axes="{axes}" data.box_convention.flip="{flip}" data.box_convention.end={end}' in message
     assert report.of(Fault.TRUTH) == []  # boxes outside the grid are the convention's fault, not the items'
     with pytest.raises(DataError, match="training refused"):
         require_best_convention(config)
@@ -340,7 +354,7 @@ def test_masks_that_belong_to_other_knees_explain_no_box(dataset):
     for knee in range(6):
         _save(
             dataset.mask(knee),
-            np.ascontiguousarray(_mask_of(dataset, knee)[::-1, ::-1, ::-1] * 0) + _far_corner(),
+            _far_corner(),
         )
     (message,) = check_dataset(dataset.config()).of(Fault.CONVENTION)
     assert "no convention explains the boxes" in message
