@@ -1,0 +1,171 @@
+"""A worker process under watch: it answers in time, or it is killed and the cause is told.
+
+The engine runs apart from the trainer because it can hang for ever or be killed by the operating system, and
+neither may take the trainer along. Messages are a JSON header and raw tensor bytes over a socket (no pickle). The
+worker leads a session of its own, so that Ctrl-C reaches only the parent, and dies when the parent does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+_LOG_TAIL_BYTES = 4000
+_CLOSE_SECONDS = 5.0
+_PACKAGE_ROOT = Path(__file__).resolve().parent.parent
+
+Header = dict[str, Any]
+Buffer = bytes | memoryview
+
+
+class WorkerFailure(RuntimeError):
+    """The worker died, passed its time limit, or reported an error; it has been killed."""
+
+
+def send(connection: Connection, header: Mapping[str, Any], buffers: Sequence[Buffer] = ()) -> None:
+    """One message: a JSON header, then its buffers."""
+    connection.send_bytes(json.dumps({**header, "buffers": len(buffers)}).encode())
+    for buffer in buffers:
+        connection.send_bytes(buffer)
+
+
+def receive(connection: Connection) -> tuple[Header, list[bytes]]:
+    """The other end of `send`. Raises EOFError when the peer is gone."""
+    header = json.loads(connection.recv_bytes())
+    return header, [connection.recv_bytes() for _ in range(header.pop("buffers"))]
+
+
+class WorkerProcess:
+    """A fresh Python process that serves requests one at a time.
+
+    Args:
+        module: has a `main(connection_fd: str, folder: str)` that calls `die_with_parent` first.
+        environment: variables set over this process's own.
+    """
+
+    def __init__(self, module: str, environment: Mapping[str, str]) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="reasonknee-worker-"))
+        """Scratch folder of this worker, removed with it."""
+        self._log = self.folder / "worker.log"
+        ours, theirs = socket.socketpair()
+        # Run by import from where this package lies, after every other path: `-m` would put the working
+        # directory first, and a user's own `rollouts/` there would be imported instead.
+        code = f"import sys; sys.path.append({str(_PACKAGE_ROOT)!r}); import {module} as m; m.main(*sys.argv[1:])"
+        with self._log.open("wb") as log, theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", code, str(theirs.fileno()), str(self.folder)],
+                env={**os.environ, **environment},
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._connection = Connection(ours.detach())
+        self._kill = weakref.finalize(self, _kill, self._process, self._connection, self.folder)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._kill.alive and self._process.poll() is None
+
+    def send(self, header: Mapping[str, Any], buffers: Sequence[Buffer] = ()) -> None:
+        """Send a request without waiting for the answer. Raises WorkerFailure when the worker is gone."""
+        try:
+            send(self._connection, header, buffers)
+        except OSError as error:
+            raise self._failure("died") from error
+
+    def receive(self, timeout_s: float) -> tuple[Header, list[bytes]]:
+        """The answer to the oldest open request.
+
+        Raises:
+            WorkerFailure: no answer within `timeout_s` seconds, the worker died, or it answered with an error. The
+                worker is killed in each case: after an error an engine's state is not to be trusted.
+        """
+        try:
+            if not self._connection.poll(timeout_s):
+                raise self._failure(f"gave no answer within {timeout_s:g} s")
+            header, buffers = receive(self._connection)
+        except (EOFError, OSError) as error:
+            raise self._failure("died") from error
+        except BaseException:  # Ctrl-C in the middle of an answer leaves half a message in the socket
+            self.kill()
+            raise
+        if "error" in header:
+            raise self._failure(f"failed: {header['error']}")
+        return header, buffers
+
+    def request(
+        self, header: Mapping[str, Any], buffers: Sequence[Buffer] = (), *, timeout_s: float
+    ) -> tuple[Header, list[bytes]]:
+        """`send`, then `receive`."""
+        self.send(header, buffers)
+        return self.receive(timeout_s)
+
+    def kill(self) -> None:
+        """End the worker and everything it started, at once. Idempotent."""
+        self._kill()
+
+    def close(self) -> None:
+        """Let the worker end by itself; after 5 seconds, kill it. Idempotent."""
+        if self.alive:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                send(self._connection, {"op": "close"})
+                self._process.wait(_CLOSE_SECONDS)
+        self.kill()
+
+    def _failure(self, what: str) -> WorkerFailure:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(0.5)  # a worker whose socket closed is about to have an exit status
+        status = self._process.poll()
+        exited = f" (exit status {status})" if status is not None else ""
+        with self._log.open("rb") as log:
+            log.seek(max(0, self._log.stat().st_size - _LOG_TAIL_BYTES))
+            tail = log.read().decode(errors="replace").strip()
+        self.kill()
+        return WorkerFailure(
+            f"the engine process {what}{exited}" + (f"; its last output:\n{tail}" if tail else "")
+        )
+
+
+def _kill(process: subprocess.Popen[bytes], connection: Connection, folder: Path) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    connection.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def die_with_parent(connection_fd: int, folder: Path) -> None:
+    """In the worker: a thread that ends this process group when the other end of the socket closes.
+
+    Works for a parent killed with SIGKILL too, on any Unix, and unlike PR_SET_PDEATHSIG it does not depend on
+    which thread of the parent started the worker. `folder` is the scratch folder, removed on the way out.
+    """
+
+    def watch() -> None:
+        poller = select.poll()
+        poller.register(connection_fd, 0)  # hang-up is reported without being asked for
+        poller.poll()
+        shutil.rmtree(folder, ignore_errors=True)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="die-with-parent", daemon=True).start()
