@@ -37,6 +37,8 @@ _BARE_GRADE = re.compile(r"\s*([0-9]{1,2})(?:\.0)?\s*\.?\s*")
 # `[1, 2, 3, 4, 5, 6], "key": ` just before an object that lost its opening brace, as two public templates do
 _KEY_BEFORE = re.compile(r'(?:(\[[^\[\]{}"]{1,80}\])\s{0,4},\s{0,4})?"([^"\\{}]{1,80})"\s{0,4}:\s{0,4}$')
 _KEY_WINDOW = 200
+# Stands between separate pieces of a text; JSON allows it nowhere, so no object is glued from two pieces.
+_SEAM = "\n\x00\n"
 
 
 @dataclass(slots=True)
@@ -132,7 +134,7 @@ def split_reasoning(text: str) -> tuple[str, str, bool]:
             state = "outside" if closing else "answer"
         start = tag.end()
     {"think": thoughts, "outside": outside, "answer": answers}[state].append(text[start:])
-    region = "\n".join(answers or outside)
+    region = _SEAM.join(answers or outside)
     marker = _MARKER.search(region)
     if marker:
         thoughts.append(region[: marker.start()])

@@ -157,6 +157,8 @@ def test_a_bare_grade_answers_a_question_of_one_attribute_only() -> None:
         ("<think></think><answer></answer>", Problem.MISSING_ANSWER),
         ("grade 2, or 3", Problem.MISSING_ANSWER),
         ("<answer>grade 2</answer>", Problem.NOT_JSON),
+        (OBJECT.replace(', "MOAKS', ', <think>hm</think>"MOAKS'), Problem.NOT_JSON),
+        (f"<answer>{OBJECT[:9]}</answer><answer>{OBJECT[9:]}</answer>", Problem.NOT_JSON),
         ('{"bbox": [start_slice, end_slice, x_min, x_max, y_min, y_max]}', Problem.NOT_JSON),
         ('{"a":' * 50 + "1" + "}" * 50, Problem.TOO_DEEP),
         ("{} " * 100, Problem.SEVERAL_ANSWERS),
