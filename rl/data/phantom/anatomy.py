@@ -6,8 +6,10 @@ depth 0, morphology 7 (progressive) never occurs at the first visit.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -119,7 +121,7 @@ def _sample_depth(rng: np.random.Generator, size: int) -> int:
     """
     if size == 0:
         return 0
-    return int(rng.choice((0, 2, 3))) if size == 1 else int(rng.choice(4, p=(0.1, 0.4, 0.25, 0.25)))
+    return (0, 2, 3)[_draw(rng, (1 / 3,) * 3)] if size == 1 else _draw(rng, (0.1, 0.4, 0.25, 0.25))
 
 
 def _progress(rng: np.random.Generator, question: Question, grades: Mapping[str, int]) -> dict[str, int]:
@@ -150,4 +152,4 @@ def _progress(rng: np.random.Generator, question: Question, grades: Mapping[str,
 
 
 def _draw(rng: np.random.Generator, shares: tuple[float, ...]) -> int:
-    return int(rng.choice(len(shares), p=shares))
+    return bisect.bisect_right(list(accumulate(shares[:-1])), rng.random())

@@ -149,12 +149,6 @@ def write_patient(
 
 def _boxes(labels: np.ndarray) -> dict[int, Box3D]:
     extents = region_extents(labels, {i: question_labels(i) for i in QUESTIONS})
-    missing = sorted(set(QUESTIONS) - set(extents))
-    if missing:
-        raise ConfigError(
-            f"the regions of questions {missing} vanish on a grid of {labels.shape} voxels; "
-            "give phantom.shape more voxels (96, 96, 16 shows every region) or a larger phantom.fov_mm"
-        )
     return {i: extent_box(extent, TEXT_ORDER) for i, extent in extents.items()}
 
 

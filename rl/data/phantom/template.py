@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rl.config import ConfigError
 from rl.data.phantom.anatomy import Knee
 from rl.data.phantom.labels import BONE_REGIONS, LABELS, OSTEOPHYTE_SITES
 
@@ -96,7 +97,11 @@ def make_grid(knee: Knee, shape: tuple[int, int, int], fov_mm: tuple[float, floa
 
 
 def build_template(knee: Knee, grid: Grid) -> Template:
-    """Bones, then the mask of every region in order of precedence (later ones win)."""
+    """Bones, then the mask of every region in order of precedence (later ones win).
+
+    Raises:
+        ConfigError: a grid so coarse or small that a region has no voxel.
+    """
     femur, tibia, patella = _femur(knee, grid), _tibia(grid), _patella(knee, grid)
     labels = np.zeros(femur.shape, np.uint8)
     template = Template(grid, labels, femur, tibia, patella)
@@ -104,6 +109,13 @@ def build_template(knee: Knee, grid: Grid) -> Template:
     _label_bones(template)
     _label_cartilage(template)
     _label_menisci(template, knee)
+    present = np.bincount(labels.ravel(), minlength=256)
+    missing = [name for name, label in LABELS.items() if not present[label]]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)} vanish on a grid of {labels.shape} voxels: give phantom.shape more voxels "
+            "(96, 96, 16 shows every region) or phantom.fov_mm the whole knee (140, 140, 104)"
+        )
     return template
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -67,13 +69,15 @@ def test_a_follow_up_keeps_the_anatomy_and_never_improves_a_grade(seed: int, mod
                 assert later.grades[question_id][name] >= grade
 
 
-def grade_shares(mode: Mode, question_id: int, name: str) -> np.ndarray:
-    attribute = QUESTIONS[question_id].attribute(name)
+@lru_cache
+def many_knees(mode: Mode) -> list[Knee]:
     rng = np.random.default_rng(0)
-    counts = np.zeros(len(attribute.grades))
-    for _ in range(600):
-        counts[sample_knee(rng, "right", "12M", mode).grades[question_id][name]] += 1
-    return counts / counts.sum()
+    return [sample_knee(rng, "right", "12M", mode) for _ in range(600)]
+
+
+def grade_shares(mode: Mode, question_id: int, name: str) -> np.ndarray:
+    grades = [knee.grades[question_id][name] for knee in many_knees(mode)]
+    return np.bincount(grades, minlength=len(QUESTIONS[question_id].attribute(name).grades)) / len(grades)
 
 
 def test_natural_cartilage_sizes_have_the_frequencies_of_the_real_data() -> None:

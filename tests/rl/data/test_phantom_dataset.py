@@ -96,7 +96,7 @@ def test_the_reader_takes_every_item_and_finds_the_box_of_the_mask(config: Confi
 
 def test_the_dataset_check_finds_nothing_to_complain_about(config: Config) -> None:
     report = check_dataset(config)
-    assert not report.errors
+    assert not report.faults
 
 
 def test_items_without_reasoning_differ_in_the_answer_alone(config: Config) -> None:
@@ -140,8 +140,7 @@ def test_two_processes_write_the_same_bytes_as_one(tmp_path: Path, monkeypatch: 
         config = phantom_config(tmp_path / name, (10, 2, 4))
         config.phantom.shape = [64, 64, 16]
         write_phantom(config, lambda done, total: seen.append((done, total)))
-    assert digests(tmp_path / "one") != {}
-    assert {k: v for k, v in digests(tmp_path / "one").items()} == digests(tmp_path / "two")
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
     assert seen[-1] == (16, 16)
 
 

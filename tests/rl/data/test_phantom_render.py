@@ -21,6 +21,7 @@ from rl.data.phantom.measure import (
 )
 from rl.data.phantom.preview import save_preview
 from rl.data.phantom.render import DEFAULT_FOV_MM, DEFAULT_SHAPE, render
+from rl.data.phantom.template import build_template, make_grid
 
 KNEES = range(12)
 
@@ -59,7 +60,8 @@ def test_menisci_are_extruded_by_the_millimetres_of_their_grade() -> None:
     knee = replace(knee, scale=1.0)
     for grade, (low, high) in enumerate(((-1.5, 2.0), (2.0, 3.0), (3.0, 5.0), (5.0, 12.0))):
         grades = {**knee.grades, **{i: {"grade": grade} for i in (44, 45, 46, 47)}}
-        _, labels, _ = render(replace(knee, grades=grades), (160, 160, 130))
+        extruded = replace(knee, grades=grades)
+        labels = build_template(extruded, make_grid(extruded, (128, 128, 130), DEFAULT_FOV_MM)).labels
         for i in (44, 45, 46, 47):
             assert low <= measure_extrusion(labels, i, knee, DEFAULT_FOV_MM) < high, (grade, i)
 
