@@ -95,8 +95,8 @@ def measure_extrusion(
     grid = make_grid(knee, (x, y, z), fov_mm)
     segment = np.isin(labels, question_labels(question_id))
     if question_id in (44, 46):
-        return float(-32.0 - np.broadcast_to(grid.a, segment.shape)[segment].min())
-    return float(np.abs(np.broadcast_to(grid.l, segment.shape)[segment]).max() - RIM_MM)
+        return float(-32.0 - np.broadcast_to(grid.a, segment.shape)[segment].min() + grid.pixel_mm / 2)
+    return float(np.abs(np.broadcast_to(grid.l, segment.shape)[segment]).max() - RIM_MM + grid.slice_mm / 2)
 
 
 def _thirds(share: float) -> int:

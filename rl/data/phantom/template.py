@@ -163,7 +163,8 @@ def _tibia(grid: Grid) -> np.ndarray:
     narrow = np.clip((s - 30) / 35, 0, 1)
     half_a, half_l = 32 - 14 * narrow, RIM_MM - 20 * narrow
     # A superellipse section: nearly rectangular plateau with rounded corners.
-    column = (np.sqrt(np.sqrt(((a - 2 + 2 * narrow) / half_a) ** 4 + (grid.l / half_l) ** 12)) - 1) * 28
+    in_plane, across = np.square((a - 2 + 2 * narrow) / half_a), np.square(grid.l / half_l)
+    column = (np.sqrt(np.sqrt(np.square(in_plane) + np.square(across * across * across))) - 1) * 28
     spine = 6.0 * np.clip(1 - side / NOTCH_MM, 0, None) * np.exp(-(((a - 2) / 12) ** 2))
     return np.maximum(column, PLATEAU_MM - spine - s).astype(np.float32)
 

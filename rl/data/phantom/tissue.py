@@ -67,7 +67,8 @@ def _leg(g: Grid) -> np.ndarray:
     front = 60 + 9 * np.exp(-(((g.s + 22) / 26) ** 2)) - 0.06 * g.s
     back = 63 - 8 * np.exp(-(((g.s - 2) / 22) ** 2))
     half = np.where(g.a < 0, front, back)
-    return ((((g.a / half) ** 4 + (g.l / 57) ** 4) ** 0.25 - 1) * 55).astype(np.float32)
+    squares = (g.a / half) ** 4 + (g.l / 57) ** 4
+    return ((np.sqrt(np.sqrt(squares)) - 1) * 55).astype(np.float32)
 
 
 def _muscle(g: Grid) -> np.ndarray:
@@ -118,5 +119,5 @@ def acquire(image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         )
         image = image * bias * (1 + 0.2 * texture)
         noise = rng.standard_normal((2, *shape), dtype=np.float32) * np.float32(0.02)
-        image = np.hypot(image + noise[0], noise[1])
+        image = np.sqrt((image + noise[0]) ** 2 + noise[1] ** 2)
     return np.clip(image * 1000, 0, 4000).astype(np.int16)

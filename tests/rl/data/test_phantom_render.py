@@ -21,9 +21,9 @@ from rl.data.phantom.measure import (
 )
 from rl.data.phantom.preview import save_preview
 from rl.data.phantom.render import DEFAULT_FOV_MM, DEFAULT_SHAPE, render
-from rl.data.phantom.template import build_template, make_grid
+from rl.data.phantom.template import EXTRUSION_MM, build_template, make_grid
 
-KNEES = range(12)
+KNEES = range(8)
 
 
 @lru_cache
@@ -55,15 +55,19 @@ def test_grades_of_spurs_soft_tissue_and_menisci_can_be_read_back(seed: int) -> 
 
 
 def test_menisci_are_extruded_by_the_millimetres_of_their_grade() -> None:
-    """On slices fine enough to measure; at six millimetres a slice shows the share it covers instead."""
+    """Grades are those of MOAKS: under 2, 2 to 3, 3 to 5, over 5 mm.
+
+    On slices fine enough to measure; at six millimetres a slice shows the share it covers instead.
+    """
+    assert EXTRUSION_MM[0] < 2 <= EXTRUSION_MM[1] < 3 <= EXTRUSION_MM[2] < 5 <= EXTRUSION_MM[3]
     knee = sample_knee(np.random.default_rng(5), "right", mode="balanced")
     knee = replace(knee, scale=1.0)
-    for grade, (low, high) in enumerate(((-1.5, 2.0), (2.0, 3.0), (3.0, 5.0), (5.0, 12.0))):
+    for grade, millimetres in enumerate(EXTRUSION_MM):
         grades = {**knee.grades, **{i: {"grade": grade} for i in (44, 45, 46, 47)}}
         extruded = replace(knee, grades=grades)
-        labels = build_template(extruded, make_grid(extruded, (128, 128, 130), DEFAULT_FOV_MM)).labels
+        labels = build_template(extruded, make_grid(extruded, (96, 96, 104), DEFAULT_FOV_MM)).labels
         for i in (44, 45, 46, 47):
-            assert low <= measure_extrusion(labels, i, knee, DEFAULT_FOV_MM) < high, (grade, i)
+            assert abs(measure_extrusion(labels, i, knee, DEFAULT_FOV_MM) - millimetres) < 0.9, (grade, i)
 
 
 def test_every_region_has_a_box_inside_the_volume() -> None:
