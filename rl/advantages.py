@@ -8,13 +8,16 @@ SCALE_REWARDS = ("group", "batch", "none")
 _EPSILON = 1e-4  # as TRL: keeps groups of almost equal rewards from exploding
 
 
-def group_advantages(rewards_B_G: torch.Tensor, scale_rewards: str = "group") -> torch.Tensor:
+def group_advantages(
+    rewards_B_G: torch.Tensor, scale_rewards: str = "group", batch_rewards: torch.Tensor | None = None
+) -> torch.Tensor:
     """Reward minus the group's mean, divided by a standard deviation.
 
     Args:
         rewards_B_G: total rewards of G completions for each of B prompts.
-        scale_rewards: "group" divides by each group's standard deviation, "batch" by that of all rewards (pass
-            the rewards of all ranks), "none" does not divide.
+        scale_rewards: "group" divides by each group's standard deviation, "batch" by that of all rewards, "none"
+            does not divide.
+        batch_rewards: the rewards of all ranks, for "batch"; default `rewards_B_G`.
     Returns:
         advantages_B_G; a group of equal rewards has advantage exactly 0.
     """
@@ -26,5 +29,5 @@ def group_advantages(rewards_B_G: torch.Tensor, scale_rewards: str = "group") ->
     if scale_rewards == "group":
         return advantages / (rewards_B_G.std(dim=1, keepdim=True) + _EPSILON)
     if scale_rewards == "batch":
-        return advantages / (rewards_B_G.std() + _EPSILON)
+        return advantages / ((rewards_B_G if batch_rewards is None else batch_rewards).std() + _EPSILON)
     return advantages

@@ -177,7 +177,12 @@ class SFTConfig:
     """Volumes per optimizer step."""
     questions_per_volume: int = 8
     """Questions drawn per volume and epoch by the balanced sampler."""
+    steps_per_epoch: int = 0
+    """Optimizer steps between validations; 0: as many as it takes to draw every example once on average."""
+    validation_volumes: int = 24
+    """Volumes whose questions make up the validation loss."""
     warmup_ratio: float = 0.05
+    """Share of `max_epochs` over which the learning rate rises."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     balance: bool = True
@@ -217,7 +222,6 @@ class GRPOConfig:
     num_iterations: int = 1
     """Optimizer passes over one batch of rollouts."""
     temperature: float = 1.0
-    top_p: float = 1.0
     max_completion_length: int = 128
     """Tokens per completion, end-of-turn token included."""
     mask_truncated_completions: bool = True
@@ -230,8 +234,6 @@ class GRPOConfig:
     """Draw prompts so that the grades of an attribute are equally frequent."""
     save_steps: int = 20
     """Checkpoint every n steps."""
-    probe_steps: int = 10
-    """Agreement probe between trainer and engine every n steps (and before the first)."""
     probe_tolerance: float = 1e-3
     """Largest |difference| of a token's log-probability the probe accepts in fp32 (bf16: `probe_tolerance_bf16`)."""
     probe_tolerance_bf16: float = 0.1

@@ -55,7 +55,6 @@ POSITIVE: Mapping[str, tuple[str, ...]] = {
             "questions_per_volume",
             "num_iterations",
             "save_steps",
-            "probe_steps",
         ),
         *(
             "learning_rate",
@@ -262,8 +261,6 @@ def _grpo(config: Config) -> Iterator[str]:
         yield f"grpo.epsilon is {grpo.epsilon}: it must be below 1"
     if grpo.epsilon_high < grpo.epsilon:
         yield f"grpo.epsilon_high is {grpo.epsilon_high}: it must not be below grpo.epsilon ({grpo.epsilon})"
-    if not 0 < grpo.top_p <= 1:
-        yield f"grpo.top_p is {grpo.top_p}: it must be in (0, 1]"
     if grpo.warmup_steps >= grpo.max_steps:
         yield f"grpo.warmup_steps is {grpo.warmup_steps}: it must be below grpo.max_steps ({grpo.max_steps})"
     if grpo.eval_steps and grpo.eval_examples < 1:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
-import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
@@ -46,12 +47,14 @@ def load_tokenizer(model_path: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(model_path)
 
 
-def load_policy(config: Config, adapter: Path | None = None, *, with_reference: bool = False) -> PackedPolicy:
+def load_policy(
+    config: Config, adapter: Path | None = None, *, reference: Path | None = None
+) -> PackedPolicy:
     """The base with a trainable LoRA adapter on its language model, vision tower left out, ready to train.
 
     Args:
         adapter: PEFT folder to continue from; None starts a fresh adapter from `config.model.lora`.
-        with_reference: also load `adapter` a second time, frozen, for `reference_policy`.
+        reference: adapter of the frozen policy that `reference_adapter` switches to.
     Raises:
         rollouts.adapters.AdapterError: the adapter does not fit the base.
     """
@@ -63,10 +66,12 @@ def load_policy(config: Config, adapter: Path | None = None, *, with_reference: 
     if adapter is None:
         model = get_peft_model(base, _fresh_lora(config))
     else:
-        check_adapter(adapter, linear_shapes(base))
+        linears = linear_shapes(base)
+        check_adapter(adapter, linears)
         model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
-        if with_reference:
-            model.load_adapter(adapter, REFERENCE, is_trainable=False)
+        if reference is not None:
+            check_adapter(reference, linears)
+            model.load_adapter(reference, REFERENCE, is_trainable=False)
             model.set_adapter("default")
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -111,6 +116,11 @@ def _fresh_lora(config: Config) -> PeftLoraConfig:
     )
 
 
-def adapter_dtype(policy: PackedPolicy) -> torch.dtype:
-    """Number format of the base the adapter sits on."""
-    return policy.language_model.embed_tokens.weight.dtype
+@contextmanager
+def reference_adapter(policy: PackedPolicy) -> Iterator[None]:
+    """Within it the policy is the one training started from."""
+    policy.model.set_adapter(REFERENCE)
+    try:
+        yield
+    finally:
+        policy.model.set_adapter("default")

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
@@ -238,21 +239,26 @@ class PackedPolicy(nn.Module):
     data-parallel module skips gradient synchronisation without an error.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.language_model.config._attn_implementation = ATTENTION_NAME
 
     @property
-    def causal_lm(self) -> PreTrainedModel:
+    def causal_lm(self) -> Any:
         """The model without its PEFT wrapper."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property
-    def language_model(self) -> PreTrainedModel:
+    def language_model(self) -> Any:
         """The decoder stack."""
         body = self.causal_lm.model
         return body.language_model if hasattr(body, "language_model") else body
+
+    @property
+    def device(self) -> torch.device:
+        """Where the decoder's weights are."""
+        return next(self.language_model.parameters()).device
 
     def forward(self, batch: PackedBatch, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of each completion token, and the entropy of the distribution it was drawn from.

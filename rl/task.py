@@ -41,7 +41,9 @@ class Task:
         self.spec = TowerSpec.of_folder(self.model_path)
         self.tokenizer = load_tokenizer(self.model_path)
         self.store = open_store(
-            self.examples.volumes().values(), EmbeddingCache(config.embed.cache_dir), feature_recipe(config, self.spec)
+            self.examples.volumes().values(),
+            EmbeddingCache(config.embed.cache_dir),
+            feature_recipe(config, self.spec),
         )
         self.builder = PromptBuilder(self.tokenizer, reasoning_of(config))
         vision = json.loads((self.model_path / "config.json").read_text(encoding="utf-8"))["vision_config"]
@@ -72,22 +74,29 @@ class Task:
         ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return [*ids, self.builder.im_end]
 
-    def tree(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Sequence[int]]]) -> list[Node]:
+    def tree(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Sequence[int]]],
+        *,
+        flat_positions: bool = False,
+    ) -> list[Node]:
         """One tree per volume: volume -> questions -> completions, in the order given.
 
         Args:
             prompts: those of one volume must follow each other.
             completions: token ids, `completions[i][g]` is sample g of prompt i.
+            flat_positions: place visual tokens like text (wrong; the agreement probe tries it as an explanation).
         """
         roots: list[Node] = []
-        previous: tuple[int, ...] | None = None
+        previous: tuple[tuple[int, ...], str] | None = None
         for prompt, samples in zip(prompts, completions, strict=True):
             features = prompt.features
-            if prompt.volume_ids != previous or features.key != key:
-                roots.append(
-                    Node(prompt.volume_ids, self._volume_positions(prompt), features.embeds_V_H)
-                )
-                previous, key = prompt.volume_ids, features.key
+            volume = (prompt.volume_ids, features.key)
+            if volume != previous:
+                positions = None if flat_positions else self._volume_positions(prompt)
+                roots.append(Node(prompt.volume_ids, positions, features.embeds_V_H))
+                previous = volume
             leaves = [Node(ids, scored=True) for ids in samples]
             roots[-1].children.append(Node(prompt.question_ids, children=leaves))
         return roots
@@ -115,7 +124,9 @@ def reasoning_of(config: Config) -> Reasoning:
 def feature_recipe(config: Config, spec: TowerSpec) -> str:
     """Everything that turns a volume into features, as one hash."""
     compute, storage = feature_dtypes(config)
-    return embedding_recipe(spec, config.view, parse_convention(config.data.box_convention).axes, compute, storage)
+    return embedding_recipe(
+        spec, config.view, parse_convention(config.data.box_convention).axes, compute, storage
+    )
 
 
 def feature_dtypes(config: Config) -> tuple[torch.dtype, torch.dtype]:

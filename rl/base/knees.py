@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 
@@ -52,11 +53,15 @@ def make_knees(
 def _make_knee(work: tuple[int, int, PhantomConfig, VolumeViewConfig, PatchSizes]) -> KneeArrays:
     seed, index, phantom, view, sizes = work
     rng = np.random.default_rng([seed, index])
-    shape, fov = tuple(phantom.shape), tuple(phantom.fov_mm)
-    knee = sample_knee(rng, "right" if index % 2 else "left", "00M" if rng.random() < 0.6 else "24M", "balanced")
+    x, y, s = phantom.shape
+    fov_x, fov_y, fov_s = phantom.fov_mm
+    shape, fov = (x, y, s), (fov_x, fov_y, fov_s)
+    knee = sample_knee(
+        rng, "right" if index % 2 else "left", "00M" if rng.random() < 0.6 else "24M", "balanced"
+    )
     image, labels, _ = render(knee, shape, fov, rng)
-    spacing = tuple(f / n for f, n in zip(fov, shape, strict=True))
-    volume = Volume("phantom", image.astype(np.float32), affine_of(shape, fov), spacing)
+    spacing = (fov_x / x, fov_y / y, fov_s / s)
+    volume = Volume(Path("phantom"), image.astype(np.float32), affine_of(shape, fov), spacing)
     framed = view_frames(volume, view, sizes=sizes)
     boxes = np.zeros((70, 6), np.int16)
     for i in QUESTIONS:

@@ -53,7 +53,10 @@ def build_tokenizer(corpus: Iterable[str], vocab_size: int = 1600) -> PreTrained
     numbers = [str(n) for n in range(LARGEST_NUMBER + 1)] * 64
     tokenizer.train_from_iterator([*numbers, *corpus], trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
     )
 
 

@@ -8,6 +8,7 @@ away; the tower stays frozen ever after.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ def tower_embeds(visual: nn.Module, knees: Sequence[KneeArrays], sizes: PatchSiz
 
 
 def train_tower(
-    visual: nn.Module,
+    visual: Any,
     knees: Sequence[KneeArrays],
     sizes: PatchSizes,
     *,

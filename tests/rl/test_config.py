@@ -119,7 +119,6 @@ def test_a_value_outside_a_choice_names_the_allowed_ones(field: str) -> None:
         (["grpo.beta=-0.1"], "grpo.beta is -0.1: it must not be negative"),
         (["grpo.epsilon_high=0.1"], "grpo.epsilon_high is 0.1"),
         (["grpo.warmup_steps=60"], "below grpo.max_steps"),
-        (["grpo.top_p=0"], "grpo.top_p"),
         (["grpo.temperature=0"], "grpo.temperature is 0.0: it must be greater than 0"),
         (
             ["rewards.components=[{name: box_iou, gate: format}]"],

@@ -1,0 +1,360 @@
+"""GRPO (arXiv 2402.03300) over cached volumes. One step, top to bottom:
+
+    draw volumes and questions (grades balanced)  ->  G completions each from the engine
+    -> rewards per component -> advantages within the group -> packed forward and clipped loss
+    -> adapter update -> the engine swaps to the new adapter
+
+Departures from the textbook:
+- A volume's tokens are computed once per micro-batch, a question's once per group (`rl.packed`).
+- The batch is on-policy, so the old log-probabilities are the new ones, detached; they are kept only when
+  `num_iterations` > 1.
+- Groups whose rewards are all equal have advantage 0. Without a KL term their gradient is exactly 0, so they are
+  counted but not computed.
+- Every batch is an agreement probe: the trainer's log-probabilities of fresh rollouts are compared with the
+  engine's before the weights move (`rl.probe`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from rewards.suite import RewardRow, RewardSuite
+from rl.advantages import group_advantages
+from rl.completions import write_completions
+from rl.config import Config, ConfigError
+from rl.loss import LossInputs, LossSettings, StepTotals, grpo_loss
+from rl.model import disable_dropout, load_policy, reference_adapter, save_adapter, trainable
+from rl.packed import PackedBatch, pack
+from rl.probe import Agreement, measure_agreement, require_agreement
+from rl.task import Task, reasoning_of
+from rl.training import (
+    OnMetrics,
+    RunFolder,
+    Stopwatch,
+    last_checkpoint,
+    load_optimizer,
+    make_optimizer,
+    save_checkpoint,
+    warmup_then_constant,
+)
+from rollouts.types import Engine, Group, Sampling
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """The G rollouts of one question with what they earned."""
+
+    example_index: int
+    group: Group
+    rows: list[RewardRow]
+    advantages_G: torch.Tensor
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether any completion did better than another."""
+        return bool(self.advantages_G.any())
+
+
+@dataclass
+class MicroBatch:
+    """Groups that are computed together, and what must be remembered of them between iterations."""
+
+    batch: PackedBatch
+    advantages_N: torch.Tensor
+    mask_N_T: torch.Tensor
+    sampler_logps_N_T: torch.Tensor
+    old_logps_N_T: torch.Tensor | None = None
+
+
+def train_grpo(
+    config: Config, engine: Engine, accelerator: Accelerator, on_metrics: OnMetrics = lambda record: None
+) -> Path:
+    """Run GRPO on every rank; continues from the last checkpoint.
+
+    Each rank asks the engine about its share of the step's volumes. Rank 0 writes the run folder and publishes
+    each new adapter to the engine.
+
+    Returns:
+        The folder of the trained adapter, `<run_dir>/grpo/adapter`.
+    """
+    trainer = GRPOTrainer(config, engine, accelerator)
+    for step in range(trainer.first_step, config.grpo.max_steps):
+        record = trainer.step(step)
+        if accelerator.is_main_process:
+            on_metrics({**record, "steps": config.grpo.max_steps})
+    return trainer.finish()
+
+
+class GRPOTrainer:
+    """State of a run: policy, optimizer, engine, task."""
+
+    def __init__(self, config: Config, engine: Engine, accelerator: Accelerator) -> None:
+        self.config, self.settings, self.engine, self.accelerator = config, config.grpo, engine, accelerator
+        self.run = RunFolder(config, "grpo") if accelerator.is_main_process else None
+        self.folder = Path(config.run_dir) / "grpo"
+        self.task = Task(config, "train")
+        self.suite = RewardSuite.from_config(config.rewards, reasoning=reasoning_of(config))
+        self.sampler = self.task.sampler(config.seed, balance=self.settings.balance)
+        checkpoint = last_checkpoint(self.folder / "checkpoints")
+        sft_adapter = Path(self.settings.init_adapter or Path(config.run_dir) / "sft" / "adapter")
+        if not sft_adapter.is_dir():
+            raise ConfigError(f"grpo.init_adapter: {sft_adapter} does not exist; run `reasonknee sft` first")
+        policy = load_policy(
+            config,
+            checkpoint / "adapter" if checkpoint else sft_adapter,
+            reference=sft_adapter if self.settings.beta else None,
+        )
+        disable_dropout(policy)
+        self.unwrapped = policy
+        optimizer = make_optimizer(trainable(policy), self.settings.learning_rate, self.settings.weight_decay)
+        self.schedule = warmup_then_constant(optimizer, self.settings.warmup_steps)
+        self.first_step = 0
+        if checkpoint:
+            self.first_step = int(load_optimizer(checkpoint, optimizer, self.schedule)["step"])
+        self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
+        if self.run:
+            self.run.keep_metrics_until(self.first_step)
+        self._publish()
+
+    def step(self, step: int) -> dict[str, float]:
+        """One optimizer step. Returns its record (on rank 0; empty elsewhere)."""
+        watch = Stopwatch()
+        groups = self._rollouts(step)
+        watch.lap("seconds/rollout")
+        scored = self._score(groups)
+        watch.lap("seconds/reward")
+        sums, agreement = self._update(scored)
+        watch.lap("seconds/train")
+        self.schedule.step()
+        self._publish()
+        watch.lap("seconds/sync")
+        record = self._record(step, scored, sums, agreement, watch)
+        if self.run:
+            self.run.log(record)
+            done = step + 1
+            if done % self.settings.save_steps == 0 or done == self.settings.max_steps:
+                save_checkpoint(
+                    self.folder / "checkpoints", done, self.unwrapped, self.optimizer, self.schedule, {}
+                )
+        return record
+
+    def finish(self) -> Path:
+        """Close the logs. Returns the adapter folder."""
+        if self.run:
+            self.run.close()
+        self.accelerator.wait_for_everyone()
+        return self.folder / "adapter"
+
+    def _rollouts(self, step: int) -> list[tuple[int, Group]]:
+        """This rank's questions of the step, answered G times each; questions of one volume together."""
+        settings, rank = self.settings, self.accelerator.process_index
+        volumes = self.sampler.draw(step, settings.volumes_per_step, settings.questions_per_volume)
+        indices = [i for questions in volumes[rank :: self.accelerator.num_processes] for i in questions]
+        prompts = [self.task.prompt(i, settings.max_completion_length) for i in indices]
+        seeds = [group_seed(self.config.seed, step, prompt.example_id) for prompt in prompts]
+        sampling = Sampling(temperature=settings.temperature, max_tokens=settings.max_completion_length)
+        groups = self.engine.generate(prompts, settings.num_generations, sampling, seeds) if prompts else []
+        return list(zip(indices, groups, strict=True))
+
+    def _score(self, groups: list[tuple[int, Group]]) -> list[ScoredGroup]:
+        rows = [
+            self.suite.score_group(self.task.examples[i], [r.text for r in group.rollouts])
+            for i, group in groups
+        ]
+        rewards_B_G = torch.tensor([[row.total for row in group] for group in rows])
+        everywhere = torch.tensor(gather_object([[row.total for row in group] for group in rows]))
+        if not rows:
+            return []
+        advantages_B_G = group_advantages(rewards_B_G, self.settings.scale_rewards, everywhere)
+        return [
+            ScoredGroup(i, group, group_rows, advantages_G)
+            for (i, group), group_rows, advantages_G in zip(groups, rows, advantages_B_G, strict=True)
+        ]
+
+    def _update(self, scored: list[ScoredGroup]) -> tuple[dict[str, float], Agreement]:
+        """All optimizer passes over the step's rollouts. Returns metric sums over this rank's tokens."""
+        loss_settings = LossSettings(
+            loss_type=self.settings.loss_type,
+            epsilon=self.settings.epsilon,
+            epsilon_high=self.settings.epsilon_high,
+            beta=self.settings.beta,
+            importance_cap=self.settings.importance_cap,
+            max_completion_length=self.settings.max_completion_length,
+        )
+        counted = [s for s in scored if s.has_signal or self.settings.beta]
+        batches = [
+            self._pack(part) for part in microbatches(counted, self.settings.max_tokens_per_microbatch)
+        ]
+        totals = self._totals(scored, len(batches))
+        agreement = Agreement.none()
+        for iteration in range(self.settings.num_iterations):
+            sums: dict[str, float] = {"loss": 0.0, "entropy": 0.0, "tokens": 0.0}
+            self.optimizer.zero_grad()
+            # every rank runs the same number of backwards: only the last one synchronises gradients
+            for number in range(totals.microbatches):
+                last = number == totals.microbatches - 1
+                batch = batches[number] if number < len(batches) else None
+                with nullcontext() if last else self.accelerator.no_sync(self.policy):
+                    loss, metrics, seen = self._forward(batch, loss_settings, totals, first=iteration == 0)
+                    # data parallel averages gradients over ranks; the loss's shares must add up instead
+                    self.accelerator.backward(loss * self.accelerator.num_processes)
+                agreement = agreement.merge(seen)
+                for name, value in metrics.items():
+                    sums[name] = sums.get(name, 0.0) + value
+            if iteration == 0:
+                agreement = agreement.over_ranks(self.accelerator)
+                require_agreement(agreement, self.settings, self.unwrapped, self.task, scored)
+            norm = self.accelerator.clip_grad_norm_(trainable(self.policy), self.settings.max_grad_norm)
+            sums["grad_norm"] = float(norm)
+            self.optimizer.step()
+        return sums, agreement
+
+    def _forward(
+        self, micro: MicroBatch | None, settings: LossSettings, totals: StepTotals, *, first: bool
+    ) -> tuple[torch.Tensor, dict[str, float], Agreement]:
+        if micro is None:  # this rank has fewer groups than another: take part in the backward with zero loss
+            zero = torch.stack([p.sum() * 0.0 for p in trainable(self.policy)]).sum()
+            return zero, {}, Agreement.none()
+        ref_logps_N_T = None
+        if settings.beta:
+            with torch.no_grad(), reference_adapter(self.unwrapped):
+                ref_logps_N_T, _ = self.unwrapped(micro.batch, self.settings.temperature)
+        logps_N_T, entropies_N_T = self.policy(micro.batch, self.settings.temperature)
+        if self.settings.num_iterations > 1 and micro.old_logps_N_T is None:
+            micro.old_logps_N_T = logps_N_T.detach()
+        inputs = LossInputs(
+            logps_N_T=logps_N_T,
+            advantages_N=micro.advantages_N,
+            mask_N_T=micro.mask_N_T,
+            old_logps_N_T=micro.old_logps_N_T,
+            ref_logps_N_T=ref_logps_N_T,
+            sampler_logps_N_T=micro.sampler_logps_N_T if self._corrects_importance(logps_N_T) else None,
+        )
+        loss, metrics = grpo_loss(inputs, settings, totals)
+        metrics |= {
+            "loss": float(loss.detach()),
+            "entropy": float((entropies_N_T * micro.mask_N_T).sum()),
+            "tokens": float(micro.mask_N_T.sum()),
+        }
+        seen = Agreement.none()
+        if first:
+            seen = measure_agreement(logps_N_T.detach(), micro.sampler_logps_N_T, micro.batch.mask_N_T)
+        return loss, metrics, seen
+
+    def _corrects_importance(self, logps_N_T: torch.Tensor) -> bool:
+        choice = self.settings.importance_correction
+        half_precision = self.unwrapped.language_model.dtype != torch.float32
+        return choice == "token_truncate" or (choice == "auto" and half_precision)
+
+    def _pack(self, scored: list[ScoredGroup]) -> MicroBatch:
+        rollouts = [r for s in scored for r in s.group.rollouts]
+        roots = self.task.tree(
+            [s.group.prompt for s in scored], [[r.token_ids for r in s.group.rollouts] for s in scored]
+        )
+        batch = pack(roots, self.task.builder.video_pad)
+        sampler_logps_N_T = torch.zeros(batch.mask_N_T.shape)
+        for row, rollout in enumerate(rollouts):
+            sampler_logps_N_T[row, : len(rollout.logps)] = torch.tensor(rollout.logps)
+        counts = torch.tensor([self._counts(r.finish_reason) for r in rollouts])
+        device = self.accelerator.device
+        return MicroBatch(
+            batch=batch.to(device),
+            advantages_N=torch.cat([s.advantages_G for s in scored]).to(device),
+            mask_N_T=(batch.mask_N_T & counts[:, None]).to(device),
+            sampler_logps_N_T=sampler_logps_N_T.to(device),
+        )
+
+    def _counts(self, finish_reason: str) -> bool:
+        """Whether a completion is part of the loss."""
+        return finish_reason == "stop" or not self.settings.mask_truncated_completions
+
+    def _totals(self, scored: list[ScoredGroup], batches: int) -> StepTotals:
+        rollouts = [r for s in scored for r in s.group.rollouts]
+        tokens = sum(len(r.token_ids) for r in rollouts if self._counts(r.finish_reason))
+        local = torch.tensor([len(rollouts), tokens], device=self.accelerator.device)
+        completions, all_tokens = self.accelerator.reduce(local, reduction="sum").tolist()
+        most = max(gather_object([batches]))
+        return StepTotals(int(completions), int(all_tokens), max(1, most))
+
+    def _publish(self) -> None:
+        """Give the engine the new adapter; no rank goes on before the engine answers with it."""
+        if self.accelerator.is_main_process:
+            save_adapter(self.unwrapped, self.folder / "adapter")
+            self.engine.load_adapter(self.folder / "adapter")
+        self.accelerator.wait_for_everyone()
+
+    def _record(
+        self,
+        step: int,
+        scored: list[ScoredGroup],
+        sums: dict[str, float],
+        agreement: Agreement,
+        watch: Stopwatch,
+    ) -> dict[str, float]:
+        """Means over all ranks; rank 0 also writes the completions."""
+        everything: list[ScoredGroup] = gather_object(scored)
+        all_sums: list[dict[str, float]] = gather_object([sums])
+        if not self.accelerator.is_main_process:
+            return {}
+        write_completions(
+            self.folder / "completions" / f"step-{step + 1:06d}.parquet", step + 1, everything, self.task
+        )
+        rows = [row for s in everything for row in s.rows]
+        rollouts = [r for s in everything for r in s.group.rollouts]
+        tokens = max(1.0, sum(s["tokens"] for s in all_sums))
+        record: dict[str, float] = {"step": step + 1, "time": time.time()}
+        record["reward"] = sum(row.total for row in rows) / len(rows)
+        for name in self.suite.names:
+            values = [v for row in rows if (v := row.components[name]) is not None]
+            if values:
+                record[f"reward/{name}"] = sum(values) / len(values)
+        record["groups_without_signal"] = sum(not s.has_signal for s in everything) / len(everything)
+        record["completion_length"] = sum(len(r.token_ids) for r in rollouts) / len(rollouts)
+        record["truncated"] = sum(r.finish_reason == "length" for r in rollouts) / len(rollouts)
+        record["loss"] = sum(s["loss"] for s in all_sums)
+        record["grad_norm"] = sums["grad_norm"]
+        record["lr"] = float(self.schedule.get_last_lr()[0])
+        for name, key in (
+            ("entropy", "entropy"),
+            ("kl", "kl"),
+            ("clip_ratio", "clipped"),
+            ("importance_ratio", "importance"),
+        ):
+            if key in sums:
+                record[name] = sum(s.get(key, 0.0) for s in all_sums) / tokens
+        record |= {"agreement/max": agreement.largest, "agreement/mean": agreement.mean, **watch.seconds}
+        record["seconds"] = sum(watch.seconds.values())
+        return record
+
+
+def microbatches(scored: list[ScoredGroup], budget: int) -> Iterator[list[ScoredGroup]]:
+    """Split groups into parts of at most `budget` tokens, never a group; a volume's tokens count once per part."""
+    part: list[ScoredGroup] = []
+    used = 0
+    for s in scored:
+        prompt = s.group.prompt
+        own = len(prompt.question_ids) + sum(len(r.token_ids) for r in s.group.rollouts)
+        new_volume = not part or part[-1].group.prompt.volume_ids != prompt.volume_ids
+        cost = own + (len(prompt.volume_ids) if new_volume else 0)
+        if part and used + cost > budget:
+            yield part
+            part, used, cost = [], 0, own + len(prompt.volume_ids)
+        part.append(s)
+        used += cost
+    if part:
+        yield part
+
+
+def group_seed(run_seed: int, step: int, example_id: str) -> int:
+    """Seed of a question's group: a hash, so that any rollout can be made again and no two groups share samples."""
+    digest = hashlib.blake2b(f"{run_seed}/{step}/{example_id}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,145 @@
+"""What SFT and GRPO share: optimizer and schedule, step records, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.tensorboard import SummaryWriter
+
+from rl.config import Config, save_config
+from rl.environment import write_environment
+from rl.model import save_adapter
+from rl.packed import PackedPolicy
+
+OnMetrics = Callable[[dict[str, float]], None]
+"""Called with each step's record."""
+
+
+def make_optimizer(
+    parameters: Iterable[torch.nn.Parameter], learning_rate: float, weight_decay: float
+) -> Optimizer:
+    """AdamW as the paper's baseline uses it."""
+    return AdamW(list(parameters), lr=learning_rate, weight_decay=weight_decay)
+
+
+def warmup_then_constant(optimizer: Optimizer, warmup_steps: int) -> LambdaLR:
+    """Linear warm-up, then a constant rate: the length of a run need not be known in advance."""
+    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(warmup_steps, 1)))
+
+
+class RunFolder:
+    """One stage's outputs: resolved config, environment, metrics.jsonl, TensorBoard, checkpoints."""
+
+    def __init__(self, config: Config, stage: str) -> None:
+        self.path = Path(config.run_dir) / stage
+        self.path.mkdir(parents=True, exist_ok=True)
+        save_config(config, self.path / "config.yaml")
+        write_environment(self.path, config.seed)
+        self._board = SummaryWriter(str(self.path / "tensorboard"))
+
+    def log(self, record: dict[str, float]) -> None:
+        """Append a step's record to metrics.jsonl and TensorBoard. Non-finite values are refused.
+
+        Raises:
+            FloatingPointError: a value is NaN or infinite; the message names it.
+        """
+        bad = {k: v for k, v in record.items() if not math.isfinite(v)}
+        if bad:
+            raise FloatingPointError(
+                f"step {record.get('step')}: {bad}; lower the learning rate or check the rewards"
+            )
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name != "step":
+                self._board.add_scalar(name, value, int(record["step"]))
+
+    def keep_metrics_until(self, step: int) -> None:
+        """Drop the records of steps after `step`: they are run again."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if _step_of(line) <= step]
+            if len(kept) < len(lines):
+                write_atomically(path, "".join(kept))
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        self._board.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except json.JSONDecodeError:  # cut off when the run was killed
+        return math.inf
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write to a temporary name, then rename, so that a full disk or a kill leaves the old file."""
+    staging = path.with_name(f".{path.name}.tmp")
+    staging.write_text(text, encoding="utf-8")
+    staging.replace(path)
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    policy: PackedPolicy,
+    optimizer: Optimizer,
+    schedule: LambdaLR,
+    extra: dict[str, Any],
+) -> Path:
+    """`folder/step-N` with adapter, optimizer and schedule; older checkpoints are removed once it is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target, staging = folder / f"step-{step:06d}", folder / ".staging"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    save_adapter(policy, staging / "adapter")
+    torch.save(
+        {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, staging / "optimizer.pt"
+    )
+    (staging / "state.json").write_text(json.dumps({"step": step, **extra}), encoding="utf-8")
+    shutil.rmtree(target, ignore_errors=True)
+    staging.rename(target)
+    for other in folder.glob("step-*"):
+        if other != target:
+            shutil.rmtree(other)
+    return target
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint, if any."""
+    return max(folder.glob("step-*"), default=None)
+
+
+def load_optimizer(checkpoint: Path, optimizer: Optimizer, schedule: LambdaLR) -> dict[str, Any]:
+    """Restore optimizer and schedule; returns the checkpoint's state (`step` and extras)."""
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    optimizer.load_state_dict(saved["optimizer"])
+    schedule.load_state_dict(saved["schedule"])
+    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    return state
+
+
+class Stopwatch:
+    """Seconds spent in named parts of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap (or the start) under `name`."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
