@@ -18,6 +18,8 @@ from rewards.reading import format_answer
 from rewards.types import Example, ReaderMode, Reasoning, Side
 from rl.bench.answers import AnswerRow, answer_row
 
+BASELINE_MODEL = "train-majority grade, train-mean box"
+"""`RunMeta.model` of a run of `baseline_rows`; tables name its grades and its boxes apart."""
 REASONING_TEXT = "The commonest grade of the training set, and its mean box for this region and side."
 """Stands in `<think>` where the declared format requires reasoning."""
 

@@ -213,10 +213,8 @@ def verdict(comparison: Comparison) -> str:
         f"{b.name} against {a.name}, {comparison.n_items:,} items of {comparison.n_patients:,} patients "
         f"({b.split_file}{_quick(b)}, {b.question_set}, {b.reader} reader; {_decodings(a, b)})."
     ]
-    measure, _, column = comparison.primary_endpoint.partition("/")
-    primary = (measure, column or OVERALL)
-    for key in dict.fromkeys([primary, ("balanced_accuracy", OVERALL), ("iou", OVERALL)]):
-        mark = " (the primary endpoint, declared in the config)" if key == primary else ""
+    for index, key in enumerate(primary_and_usual(comparison)):
+        mark = "" if index else " (the primary endpoint, declared in the config)"
         sentences.append(_sentence(comparison, *key, mark))
     sentences.append(
         f"The intervals resample patients (bootstrap-t, {comparison.draws:,} draws): they say how this pair of "
@@ -225,6 +223,14 @@ def verdict(comparison: Comparison) -> str:
     if comparison.n_patients < PATIENTS_FOR_A_CLAIM:
         sentences.append(f"With {comparison.n_patients} patients nothing here should be taken as shown.")
     return " ".join(sentences)
+
+
+def primary_and_usual(comparison: Comparison) -> list[tuple[str, str]]:
+    """(measure, column) of what a verdict is about: the primary endpoint first, then the two that always are."""
+    measure, _, column = comparison.primary_endpoint.partition("/")
+    return list(
+        dict.fromkeys([(measure, column or OVERALL), ("balanced_accuracy", OVERALL), ("iou", OVERALL)])
+    )
 
 
 MEASURE_NAMES: Mapping[str, str] = {

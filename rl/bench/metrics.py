@@ -89,11 +89,11 @@ class Tables:
 
     @property
     def header(self) -> str:
-        """What a table must say of itself: test file, question set, reader, decoding, items, patients."""
+        """What a table must say of itself: test file, question set, reader, items, patients."""
         quick = f", first {self.meta.max_examples} items only" if self.meta.max_examples else ""
         return (
             f"test file {self.meta.split_file}{quick}, {self.meta.question_set}, {self.meta.reader} reader, "
-            f"{self.meta.decoding_words}; {self.counts['items']:,} items of {self.counts['patients']:,} patients"
+            f"{self.counts['items']:,} items of {self.counts['patients']:,} patients"
         )
 
     @property

@@ -1,0 +1,200 @@
+"""The report's figures as SVG data URIs: an `<img>` cannot run scripts or reach the network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rl.bench.compare import MEASURE_NAMES, Comparison, Difference, outcome
+from rl.bench.views import shown_differences
+
+TRUTH, ARM_A, ARM_B = "#009e73", "#e69f00", "#0072b2"
+"""Okabe-Ito colours, told apart with any colour vision; the template's style sheet repeats them."""
+GREY = "#777777"
+_OUTCOME_COLOURS = {"won": ARM_B, "lost": "#d55e00", "no difference shown": GREY}
+_STYLE = {
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "svg.hashsalt": "reasonknee",  # the same figure gives the same bytes
+}
+
+KEY_CURVES: Mapping[str, str] = {
+    "reward": "Reward (weighted total)",
+    "kl": "KL to the SFT policy",
+    "entropy": "Entropy (nats per token)",
+    "completion_length": "Completion length (tokens)",
+    "loss": "Loss",
+    "clip_ratio": "Clipped share of tokens",
+    "grad_norm": "Gradient norm",
+}
+"""metrics.jsonl key -> panel title, after the reward's components."""
+
+
+class MetricsError(ValueError):
+    """metrics.jsonl cannot be read; the message names file and line."""
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The steps of a training run, in order; of a step logged twice (after a restart) the later one counts.
+
+    Raises:
+        MetricsError: the file is missing, or a line is no JSON object with a `step`. A last line without its
+            line break is a run caught while writing and is left out.
+    """
+    if not path.is_file():
+        raise MetricsError(f"{path} does not exist; give the metrics.jsonl of the GRPO run")
+    lines = path.read_text(encoding="utf-8").split("\n")
+    steps: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            record = json.loads(line)
+            steps[int(record["step"])] = record
+        except (ValueError, TypeError, KeyError) as error:
+            raise MetricsError(
+                f"{path} line {number} is no JSON object with a step: {line[:100]!r}"
+            ) from error
+    return [steps[step] for step in sorted(steps)]
+
+
+def reward_curves(metrics: Sequence[Mapping[str, Any]]) -> str | None:
+    """One panel for each reward component and key quantity that the run logged; None when it logged nothing."""
+    components = sorted({key for record in metrics for key in record if key.startswith("reward/")})
+    titles = {**{key: key.removeprefix("reward/") for key in components}, **KEY_CURVES}
+    keys = ["reward", *components, *[key for key in KEY_CURVES if key != "reward"]]
+    series = {key: [(r["step"], r[key]) for r in metrics if _is_number(r.get(key))] for key in keys}
+    shown = [key for key in keys if series[key]]
+    if not shown:
+        return None
+
+    def draw(figure: Figure) -> None:
+        rows = math.ceil(len(shown) / 3)
+        for index, key in enumerate(shown):
+            axes = figure.add_subplot(rows, 3, index + 1)
+            steps, values = zip(*series[key], strict=True)
+            axes.plot(
+                steps, values, color=ARM_B, alpha=0.35, linewidth=1, marker="." if len(steps) == 1 else None
+            )
+            axes.plot(steps, _smooth(values), color=ARM_B, linewidth=1.8)
+            axes.set_title(titles[key])
+            axes.grid(alpha=0.25)
+            if index >= len(shown) - 3:
+                axes.set_xlabel("step")
+
+    return _svg(draw, 9, 2.0 * math.ceil(len(shown) / 3))
+
+
+def forest_plot(comparison: Comparison) -> str:
+    """Differences with their intervals, one row each, grouped by measure."""
+    differences = shown_differences(comparison)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        axes.axvline(0, color="black", linewidth=0.8)
+        labels, places, place = [], [], 0.0
+        for index, d in enumerate(differences):
+            if index and d.measure != differences[index - 1].measure:
+                place += 0.8
+            _forest_row(axes, d, place)
+            labels.append(f"{MEASURE_NAMES[d.measure]}, {d.column}")
+            places.append(place)
+            place += 1
+        axes.set_yticks(places, labels)
+        axes.set_ylim(place - 0.3, -0.7)
+        axes.grid(axis="x", alpha=0.25)
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(
+            f"{comparison.b.name} minus {comparison.a.name}, {comparison.confidence:.0%} interval over patients"
+        )
+
+    return _svg(draw, 8, 0.6 + 0.24 * len(differences))
+
+
+def grade_histograms(histograms: Mapping[str, pl.DataFrame]) -> str:
+    """Predicted grades against the truth, a panel for each column and grade space.
+
+    Args:
+        histograms: arm -> `rl.bench.metrics.grade_histogram`, at most two, on the same items.
+    """
+    first = next(iter(histograms.values()))
+    panels = first.select("table2_column", "grade_space").unique(maintain_order=True).rows()
+
+    def draw(figure: Figure) -> None:
+        handles: list[Any] = []
+        for index, (column, space) in enumerate(panels):
+            axes = figure.add_subplot(math.ceil(len(panels) / 3), 3, index + 1)
+            handles = _histogram_panel(axes, histograms, column, space)
+            if index % 3 == 0:
+                axes.set_ylabel("share")
+        figure.legend(handles, ["truth", *histograms], loc="outside upper center", ncols=3, frameon=False)
+
+    return _svg(draw, 9, 0.5 + 1.9 * math.ceil(len(panels) / 3))
+
+
+def _histogram_panel(
+    axes: Axes, histograms: Mapping[str, pl.DataFrame], column: str, space: str
+) -> list[Any]:
+    width, handles = 0.8 / (1 + len(histograms)), []
+    rows = [
+        h.filter((pl.col("table2_column") == column) & (pl.col("grade_space") == space))
+        for h in histograms.values()
+    ]
+    bars = [
+        (rows[0]["true_count"], TRUTH),
+        *zip((r["predicted_count"] for r in rows), (ARM_A, ARM_B), strict=False),
+    ]
+    for index, (counts, colour) in enumerate(bars):
+        shares = (counts / max(int(counts.sum()), 1)).to_list()
+        places = [g + (index - len(bars) / 2 + 0.5) * width for g in range(len(shares))]
+        handles.append(axes.bar(places, shares, width, color=colour))
+    grades = rows[0]["grade"].to_list()
+    axes.set_xticks(range(len(grades)), ["unread" if g is None else str(g) for g in grades])
+    axes.set_ylim(0, 1)
+    axes.set_title(f"{column}, {space.replace('-', '–')}")
+    return handles
+
+
+def _forest_row(axes: Axes, d: Difference, place: float) -> None:
+    colour = _OUTCOME_COLOURS[outcome(d)]
+    axes.plot(
+        [d.interval.low, d.interval.high], [place, place], color=colour, linewidth=1.8, solid_capstyle="butt"
+    )
+    axes.plot([d.difference], [place], marker="o", color=colour, markersize=4.5)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Exponential moving average over about a tenth of the run, started at the first value."""
+    weight = 2 / (max(len(values) / 10, 1) + 1)
+    smoothed = [values[0]]
+    for value in values[1:]:
+        smoothed.append((1 - weight) * smoothed[-1] + weight * value)
+    return smoothed
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _svg(draw: Any, width: float, height: float) -> str:
+    """`draw` on a figure of that many inches, as a data URI. Uses no global state, so threads do not matter."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure)
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

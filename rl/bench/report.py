@@ -1,0 +1,149 @@
+"""The report of a comparison: one self-contained HTML file, the tables as Markdown, every number as JSON.
+
+Completions are untrusted text: the template escapes everything, the page's content policy forbids scripts and the
+network, and figures are images.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from rl.bench import figures
+from rl.bench.answers import BenchRun
+from rl.bench.compare import (
+    MEASURE_NAMES,
+    Comparison,
+    Difference,
+    outcome,
+    primary_and_usual,
+    signed,
+    verdict,
+)
+from rl.bench.metrics import Graded, Tables, grade_histogram, grade_run, tables
+from rl.bench.samples import Sample, choose, make_sample
+from rl.bench.views import all_views, differences_table, markdown
+
+REPORT_FILE = "report.html"
+
+
+def write_report(
+    out_dir: Path,
+    runs: Mapping[str, BenchRun],
+    comparison: Comparison,
+    metrics_jsonl: Path | None = None,
+    axes: Sequence[int] = (2, 0, 1),
+) -> Path:
+    """Write `report.html`, `tables.md` and `results.json`.
+
+    Args:
+        out_dir: folder to write into.
+        runs: label -> run, in the order of the tables' rows, baselines included. The two compared runs are found by
+            the names in `comparison`.
+        comparison: the comparison the verdict is about.
+        metrics_jsonl: log of the GRPO run, for its curves.
+        axes: file axis of slice, x and y (`rl.data.boxes.Convention.axes`), to cut the volumes.
+
+    Returns:
+        The path of `report.html`.
+
+    Raises:
+        ValueError: a compared run is not among `runs`, or the runs do not belong in one table.
+        MetricsError: the log cannot be read.
+    """
+    graded = {name: grade_run(run) for name, run in runs.items()}
+    by_run = {name: tables(g) for name, g in graded.items()}
+    arms = [_find(runs, meta.name) for meta in (comparison.a, comparison.b)]
+    page = {
+        **_verdict_part(comparison),
+        "runs": runs,
+        "views": all_views(by_run),
+        "failures": {name: t.failures for name, t in by_run.items()},
+        "differences": differences_table(comparison),
+        "forest": figures.forest_plot(comparison),
+        "histograms": figures.grade_histograms({name: grade_histogram(graded[name]) for name in arms}),
+        "curves": figures.reward_curves(figures.read_metrics(metrics_jsonl)) if metrics_jsonl else None,
+        "samples": _samples([runs[name] for name in arms], [graded[name] for name in arms], axes),
+        "arms": [comparison.a.name, comparison.b.name],
+        "colours": {"truth": figures.TRUTH, "a": figures.ARM_A, "b": figures.ARM_B},
+    }
+    environment = Environment(
+        loader=PackageLoader("rl.bench"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = environment.get_template("report.html.j2").render(page)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    _write(out_dir / "tables.md", _tables_md(by_run, comparison))
+    _write(
+        out_dir / "results.json",
+        json.dumps(_results(by_run, comparison), indent=2, ensure_ascii=False) + "\n",
+    )
+    _write(out_dir / REPORT_FILE, html)
+    return out_dir / REPORT_FILE
+
+
+def _find(runs: Mapping[str, BenchRun], name: str) -> str:
+    for label, run in runs.items():
+        if run.meta.name == name:
+            return label
+    known = ", ".join(repr(run.meta.name) for run in runs.values())
+    raise ValueError(f"the comparison is about run {name!r}, which is not among the runs given: {known}")
+
+
+def _verdict_part(comparison: Comparison) -> dict[str, Any]:
+    """The verdict, and its endpoints as short cards."""
+    cards = []
+    for key in primary_and_usual(comparison):
+        difference = comparison.get(*key)
+        if difference is not None:
+            cards.append(_card(difference, comparison))
+    return {"comparison": comparison, "verdict": verdict(comparison), "cards": cards}
+
+
+def _card(d: Difference, comparison: Comparison) -> dict[str, str]:
+    return {
+        "title": MEASURE_NAMES[d.measure] + ("" if d.column == "Overall" else f", {d.column}"),
+        "outcome": outcome(d),
+        "difference": signed(d.difference),
+        "interval": f"{comparison.confidence:.0%} interval {signed(d.interval.low)} to {signed(d.interval.high)}",
+        "both": f"{comparison.b.name} {d.b:.3f}, {comparison.a.name} {d.a:.3f}",
+    }
+
+
+def _samples(arms: Sequence[BenchRun], graded: Sequence[Graded], axes: Sequence[int]) -> list[Sample]:
+    ious = [dict(g.items.select("example_id", "iou").iter_rows()) for g in graded]
+    return [
+        make_sample(item, why, arms[0], arms[1], [by_item[item] for by_item in ious], axes)
+        for item, why in choose(graded[0], graded[1]).items()
+    ]
+
+
+def _tables_md(by_run: Mapping[str, Tables], comparison: Comparison) -> str:
+    parts = ["# ReasonKnee-Bench", "", verdict(comparison), ""]
+    parts += [markdown(view) for view in [*all_views(by_run), differences_table(comparison)]]
+    parts += [f"- {name}: {t.failures}." for name, t in by_run.items()]
+    return "\n".join(parts) + "\n"
+
+
+def _results(by_run: Mapping[str, Tables], comparison: Comparison) -> dict[str, Any]:
+    """Every number of the report, plain JSON."""
+    return {
+        "verdict": verdict(comparison),
+        "runs": {name: asdict(t) | {"header": t.header} for name, t in by_run.items()},
+        "comparison": asdict(comparison),
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,155 @@
+"""A handful of answers with their volume in three planes, chosen by rule and not by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import polars as pl
+
+from rewards.ontology import QUESTIONS, Question
+from rewards.reading import read_answer
+from rewards.types import Answer
+from rl.bench.answers import BenchRun, row_truth
+from rl.bench.metrics import Graded
+from rl.bench.planes import Plane, draw_planes, load_volume
+from rollouts.prompts import question_text
+from rollouts.volumes import VolumeError
+
+MAX_SHOWN_CHARS = 4000
+"""Characters of a completion that are shown."""
+CANDIDATES = 50
+"""How far down a ranking a sample may be taken for the sake of variety."""
+
+
+@dataclass(frozen=True, slots=True)
+class GradeLine:
+    """One attribute of a sample, as text; `*_right` is None where there is no true grade."""
+
+    attribute: str
+    truth: str
+    a: str
+    b: str
+    a_right: bool | None
+    b_right: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One item with both answers."""
+
+    example_id: str
+    why: str
+    category: str
+    question: str
+    grades: tuple[GradeLine, ...]
+    iou_a: float | None
+    iou_b: float | None
+    completion_a: str
+    completion_b: str
+    planes: tuple[Plane, ...]
+    missing_volume: str
+    """Why there are no planes; empty when there are."""
+
+
+def choose(a: Graded, b: Graded, count: int = 2) -> dict[str, str]:
+    """Items worth looking at, example_id -> why, from different volumes and categories as far as possible.
+
+    An item's score is the mean of its share of right grades and its IoU. Chosen are `count` items each among the
+    largest gains of b over a, among its largest losses, and around the median of b.
+    """
+    scores = _scores(a).join(_scores(b), on="example_id", suffix="_b").sort("example_id")
+    gain, from_median = (
+        pl.col("score_b") - pl.col("score"),
+        (pl.col("score_b") - pl.col("score_b").median()).abs(),
+    )
+    rankings = {
+        f"among the largest gains of {b.meta.name} over {a.meta.name}": scores.filter(gain > 0).sort(
+            gain, descending=True, maintain_order=True
+        ),
+        f"among the largest losses of {b.meta.name} against {a.meta.name}": scores.filter(gain < 0).sort(
+            gain, maintain_order=True
+        ),
+        f"around the median of {b.meta.name}": scores.sort(from_median, maintain_order=True),
+    }
+    traits = {row[0]: row[1:] for row in b.items.select("example_id", "volume_id", "category").iter_rows()}
+    chosen: dict[str, str] = {}
+    seen: set[str] = set()
+    for why, ranking in rankings.items():
+        for _ in range(count):
+            left = [item for item in ranking["example_id"].head(CANDIDATES) if item not in chosen]
+            if left:
+                # min keeps the first of equals, so the ranking decides between equally new items
+                pick = min(left, key=lambda item: sum(trait in seen for trait in traits[item]))
+                chosen[pick] = why
+                seen.update(traits[pick])
+    return chosen
+
+
+def make_sample(
+    example_id: str, why: str, a: BenchRun, b: BenchRun, ious: Sequence[float | None], axes: Sequence[int]
+) -> Sample:
+    """Everything the report shows of one item.
+
+    Args:
+        example_id: the item, in both runs.
+        why: why it was chosen.
+        a, b: the two runs.
+        ious: IoU of a's and of b's box.
+        axes: file axis of slice, x and y (`rl.data.boxes.Convention.axes`).
+    """
+    row_a, row_b = (
+        run.answers.row(by_predicate=pl.col("example_id") == example_id, named=True) for run in (a, b)
+    )
+    question, truth = QUESTIONS[row_a["question_id"]], row_truth(row_a)
+    answer_a, answer_b = (
+        read_answer(row["completion"], question, mode=run.meta.reader, reasoning=run.meta.reasoning)
+        for row, run in ((row_a, a), (row_b, b))
+    )
+    planes: tuple[Plane, ...] = ()
+    missing = ""
+    try:
+        volume = load_volume(row_a["image_path"], axes)
+        planes = draw_planes(volume, {"truth": truth.bbox, "a": answer_a.bbox, "b": answer_b.bbox})
+    except VolumeError as error:  # the answers are worth showing without their images
+        missing = str(error)
+    return Sample(
+        example_id=example_id,
+        why=why,
+        category=question.category,
+        question=question_text(question),
+        grades=_grade_lines(question, truth.grades, answer_a, answer_b),
+        iou_a=ious[0],
+        iou_b=ious[1],
+        completion_a=_capped(row_a["completion"]),
+        completion_b=_capped(row_b["completion"]),
+        planes=planes,
+        missing_volume=missing,
+    )
+
+
+def _scores(graded: Graded) -> pl.DataFrame:
+    """example_id, score: mean of the share of right grades and IoU, over those that have a truth."""
+    grades = graded.attributes.group_by("example_id").agg(pl.col("correct").cast(pl.Float64).mean())
+    joined = graded.items.select("example_id", "iou").join(grades, on="example_id", how="left")
+    return joined.select("example_id", score=pl.mean_horizontal("iou", "correct")).drop_nulls()
+
+
+def _grade_lines(question: Question, truth: Mapping[str, int], a: Answer, b: Answer) -> tuple[GradeLine, ...]:
+    lines = []
+    for attribute in question.attributes:
+        name = attribute.name
+        grades = [source.get(name) for source in (truth, a.grades, b.grades)]
+        texts = [
+            word if grade is None else str(grade)
+            for grade, word in zip(grades, ("not graded", "not read", "not read"), strict=True)
+        ]
+        right = [None if grades[0] is None else grade == grades[0] for grade in grades[1:]]
+        lines.append(GradeLine(name, texts[0], texts[1], texts[2], right[0], right[1]))
+    return tuple(lines)
+
+
+def _capped(text: str) -> str:
+    if len(text) <= MAX_SHOWN_CHARS:
+        return text
+    return f"{text[:MAX_SHOWN_CHARS]}… ({len(text) - MAX_SHOWN_CHARS:,} more characters)"

@@ -1,0 +1,265 @@
+"""The benchmark's tables as rows of text, once, for the console, Markdown and the report alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rl.bench import published
+from rl.bench.answers import RunMeta
+from rl.bench.baselines import BASELINE_MODEL
+from rl.bench.compare import MEASURE_NAMES, Comparison, Difference, outcome, signed
+from rl.bench.endpoints import CATEGORIES, OVERALL, TABLE2_COLUMNS, TABLE3_COLUMNS
+from rl.bench.metrics import Cell, Tables
+
+EMPTY = "empty"
+"""Stands where a column has no observations."""
+NOT_GIVEN = "–"
+"""Stands where a published row has no figure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of a table; the first cell is its label."""
+
+    cells: tuple[str, ...]
+    kind: str = "run"
+    """run | baseline | published | count."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableView:
+    """A table ready to print. Every cell is plain text."""
+
+    title: str
+    note: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def all_views(by_run: Mapping[str, Tables]) -> list[TableView]:
+    """Every table of the benchmark for these runs.
+
+    Args:
+        by_run: name -> tables, in the order of the rows; all on the same items.
+    """
+    return [
+        table2(by_run),
+        balanced_table(by_run),
+        category_table(by_run),
+        table3(by_run),
+        reading_table(by_run),
+    ]
+
+
+def table2(by_run: Mapping[str, Tables]) -> TableView:
+    """Table 2: accuracy per column, with the paper's rows."""
+    columns = (*TABLE2_COLUMNS, OVERALL)
+    rows = [
+        Row(
+            (*_values(name, t, "accuracy", columns, boxes=False), _cell(t.values["accuracy_macro"][OVERALL])),
+            _kind(t.meta),
+        )
+        for name, t in by_run.items()
+    ]
+    rows += [_published_row(row, len(columns) + 1) for row in published.TABLE2]
+    rows += _counts(by_run, "accuracy", columns, extra=1)
+    return TableView(
+        "Table 2: accuracy",
+        f"{_header(by_run)}. Columns and Overall are the share of graded attributes answered right (micro); Macro is "
+        "the mean over attributes. Paper rows: " + published.NOTE + ".",
+        ("Run", *columns, "Macro"),
+        tuple(rows),
+    )
+
+
+def balanced_table(by_run: Mapping[str, Tables]) -> TableView:
+    """Balanced accuracy in the columns of Table 2."""
+    columns = (*TABLE2_COLUMNS, OVERALL)
+    measure, pooled = "balanced_accuracy", "balanced_accuracy_pooled"
+    rows = [
+        Row(
+            (*_values(name, t, measure, columns, boxes=False), _cell(t.values[pooled][OVERALL])),
+            _kind(t.meta),
+        )
+        for name, t in by_run.items()
+    ]
+    return TableView(
+        "Balanced accuracy",
+        f"{_header(by_run)}. Mean over attributes of the recall averaged over the grades that occur in the truth. "
+        "Pooled: recall of each grade over all attributes of a grade space, averaged over grades and grade spaces.",
+        ("Run", *columns, "Pooled"),
+        (*rows, *_counts(by_run, measure, columns, extra=1)),
+    )
+
+
+def category_table(by_run: Mapping[str, Tables]) -> TableView:
+    """Accuracy and balanced accuracy in the paper's seven categories."""
+    rows = [
+        Row(_values(f"{name}, {words}", t, measure, CATEGORIES, boxes=False), _kind(t.meta))
+        for measure, words in (("accuracy", "accuracy"), ("balanced_accuracy", "balanced"))
+        for name, t in by_run.items()
+    ]
+    return TableView(
+        "The seven categories",
+        f"{_header(by_run)}.",
+        ("Run", *CATEGORIES),
+        (*rows, *_counts(by_run, "accuracy", CATEGORIES)),
+    )
+
+
+def table3(by_run: Mapping[str, Tables]) -> TableView:
+    """Table 3: mean IoU per structure, with the paper's rows."""
+    columns = (*TABLE3_COLUMNS, OVERALL)
+    rows = [Row(_values(name, t, "iou", columns, boxes=True), _kind(t.meta)) for name, t in by_run.items()]
+    rows += [_published_row(row, len(columns)) for row in published.TABLE3]
+    rows += _counts(by_run, "iou", columns)
+    return TableView(
+        "Table 3: mean IoU of boxes",
+        f"{_header(by_run)}. Overall is the mean over all items with a true box, those outside the seven structures "
+        "included. Paper rows: " + published.NOTE + ".",
+        ("Run", *columns),
+        tuple(rows),
+    )
+
+
+def reading_table(by_run: Mapping[str, Tables]) -> TableView:
+    """How much of the answers could be read, and what was left out."""
+    rows = []
+    for name, t in by_run.items():
+        c = t.counts
+        cells = (
+            name,
+            _cell(t.values["strict"][OVERALL]),
+            f"{c['unread_grades']:,} of {c['graded_attributes']:,}",
+            f"{c['unread_boxes']:,} of {c['true_boxes']:,}",
+            f"{c['truncated']:,}",
+            f"{c['missing_true_grades']:,}",
+            f"{c['missing_true_boxes']:,}",
+        )
+        rows.append(Row(cells, _kind(t.meta)))
+    return TableView(
+        "Reading the answers",
+        f"{_header(by_run)}. Unread grades and boxes count as wrong; a missing truth is left out.",
+        (
+            "Run",
+            "Decoding",
+            "Strict",
+            "Unread grades",
+            "Unread boxes",
+            "At length limit",
+            "No true grade",
+            "No true box",
+        ),
+        tuple(rows),
+    )
+
+
+SHOWN_MEASURES = ("balanced_accuracy", "accuracy", "iou", "strict")
+SAME_AS_COLUMN = ("Osteophytes", "Menisci")
+"""Categories that are a column of Table 2 under another name."""
+
+
+def shown_differences(comparison: Comparison) -> list[Difference]:
+    """The differences that tables and plots show; `results.json` has all."""
+    return [
+        d
+        for measure in SHOWN_MEASURES
+        for d in comparison.differences
+        if d.measure == measure and d.column not in SAME_AS_COLUMN
+    ]
+
+
+def differences_table(comparison: Comparison) -> TableView:
+    """The differences of a comparison, by measure."""
+    a, b = comparison.a.name, comparison.b.name
+    level = f"{comparison.confidence:.0%}"
+    rows = [
+        Row(
+            (
+                f"{MEASURE_NAMES[d.measure]}, {d.column}",
+                f"{d.a:.3f}",
+                f"{d.b:.3f}",
+                signed(d.difference),
+                f"{signed(d.interval.low)} to {signed(d.interval.high)}",
+                _p(d.p_value),
+                outcome(d),
+                f"{d.n:,}",
+                f"{d.n_patients:,}",
+            )
+        )
+        for d in shown_differences(comparison)
+    ]
+    return TableView(
+        f"Differences, {b} minus {a}",
+        f"{level} intervals: bootstrap-t over patients, {comparison.draws:,} draws, seed {comparison.seed}. "
+        "p: patient-level sign-flip test, not corrected for the number of columns.",
+        ("Endpoint", a, b, "Difference", f"{level} interval", "p", "Outcome", "n", "Patients"),
+        tuple(rows),
+    )
+
+
+def markdown(view: TableView) -> str:
+    """A GitHub table. Pipes and line breaks in names are escaped."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
+
+    rule = "|---|" + "---:|" * (len(view.columns) - 1)
+    return "\n".join(
+        [
+            f"## {view.title}",
+            "",
+            view.note,
+            "",
+            line(view.columns),
+            rule,
+            *(line(r.cells) for r in view.rows),
+            "",
+        ]
+    )
+
+
+def _header(by_run: Mapping[str, Tables]) -> str:
+    """The header that all rows of a table share.
+
+    Raises:
+        ValueError: no runs, or runs on different terms, which do not belong in one table.
+    """
+    headers = {t.header: name for name, t in by_run.items()}
+    if len(headers) != 1:
+        shown = "; ".join(f"{name}: {header}" for header, name in headers.items()) or "no runs"
+        raise ValueError(f"a table takes runs on the same items, read in the same way; got {shown}")
+    header = next(iter(headers))
+    return header[0].upper() + header[1:]
+
+
+def _kind(meta: RunMeta) -> str:
+    return "baseline" if meta.model == BASELINE_MODEL else "run"
+
+
+def _values(name: str, t: Tables, measure: str, columns: Sequence[str], *, boxes: bool) -> tuple[str, ...]:
+    if t.meta.model == BASELINE_MODEL:
+        name = f"{name} ({'train-mean box' if boxes else 'train-majority grade'})"
+    return (name, *(_cell(t.values[measure][column]) for column in columns))
+
+
+def _counts(by_run: Mapping[str, Tables], measure: str, columns: Sequence[str], extra: int = 0) -> list[Row]:
+    """How many observations each column rests on; the same for all runs on the same items."""
+    first = next(iter(by_run.values()))
+    cells = ("n", *(f"{first.values[measure][column].n:,}" for column in columns), *[""] * extra)
+    return [Row(cells, "count")]
+
+
+def _published_row(row: published.PublishedRow, width: int) -> Row:
+    label = f"Paper: {row.model}" + (f", {row.setting}" if row.setting else "")
+    values = [f"{v:.3f}" for v in row.values]
+    return Row((label, *values, *[NOT_GIVEN] * (width - len(values))), "published")
+
+
+def _cell(cell: Cell) -> str:
+    return EMPTY if cell.value is None else f"{cell.value:.3f}"
+
+
+def _p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
