@@ -31,7 +31,7 @@ def _stored(path) -> bytes:
 
 
 def _truncate(path) -> None:
-    path.write_bytes(_stored(path)[:-200])
+    path.write_bytes(_stored(path)[:-12])
 
 
 def _flip_bit(path) -> None:
