@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 
 import torch
 
-from rewards.types import Reasoning
+from rewards.types import ReaderMode, Reasoning
 from rl.config import Config, ConfigError
 from rl.data.boxes import parse_convention
 from rl.data.examples import Examples, load_examples
@@ -121,6 +120,15 @@ def reasoning_of(config: Config) -> Reasoning:
     raise ConfigError(f'model.reasoning is {config.model.reasoning!r}; write "required" or "none"')
 
 
+def reader_of(config: Config) -> ReaderMode:
+    """How answers are read, in training and benchmark alike."""
+    if config.rewards.reader == "strict":
+        return "strict"
+    if config.rewards.reader == "tolerant":
+        return "tolerant"
+    raise ConfigError(f'rewards.reader is {config.rewards.reader!r}; write "strict" or "tolerant"')
+
+
 def feature_recipe(config: Config, spec: TowerSpec) -> str:
     """Everything that turns a volume into features, as one hash."""
     compute, storage = feature_dtypes(config)
@@ -133,10 +141,3 @@ def feature_dtypes(config: Config) -> tuple[torch.dtype, torch.dtype]:
     """Number formats the tower computes in and the cache stores."""
     compute = pick_dtype(config.model.dtype, pick_device(config.model.device))
     return compute, compute if config.embed.dtype == "auto" else getattr(torch, config.embed.dtype)
-
-
-def run_folder(config: Config, stage: str) -> Path:
-    """Folder of one stage's outputs."""
-    folder = Path(config.run_dir) / stage
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -70,7 +70,7 @@ _WORDING = {
     "periarticular": f"Presence of {{finding}}: {_NO_YES}.",
 }
 
-_INSTRUCTION: Mapping[Reasoning, str] = {
+INSTRUCTION: Mapping[Reasoning, str] = {
     "required": "First reason in <think></think>, then give the JSON in <answer></answer>, and nothing else.",
     "none": "Give only the JSON in <answer></answer>, and nothing else.",
 }
@@ -160,7 +160,7 @@ class PromptBuilder:
         question_texts: Mapping[int, str] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._instruction = _INSTRUCTION[reasoning]
+        self._instruction = INSTRUCTION[reasoning]
         self._texts = dict(question_texts or {})
         self._special = set(tokenizer.all_special_ids) | set(_special_added_ids(tokenizer))
         self.im_start, self.im_end = self._id("<|im_start|>"), self._id("<|im_end|>")
