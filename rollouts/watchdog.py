@@ -133,6 +133,8 @@ class WorkerProcess:
         self.kill()
 
     def _failure(self, what: str) -> WorkerFailure:
+        if not self._kill.alive:
+            return WorkerFailure("the engine process has already been ended")
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(0.5)  # a worker whose socket closed is about to have an exit status
         status = self._process.poll()

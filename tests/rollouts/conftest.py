@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 from rewards.ontology import QUESTIONS
 from rewards.types import Example, Truth, VolumeRef
 from rl.base.model import create_base
 from rl.config import VolumeViewConfig
+from rollouts.positions import mrope_positions
 from rollouts.prompts import question_text
-from rollouts.types import VolumeFeatures
+from rollouts.types import Prompt, VolumeFeatures
 
 
 @pytest.fixture
@@ -69,3 +75,88 @@ def features() -> VolumeFeatures:
     """Twelve visual tokens of width 256."""
     generator = torch.Generator().manual_seed(0)
     return VolumeFeatures("f" * 32, torch.randn(12, 256, generator=generator), (3, 4, 4), 1.0)
+
+
+@pytest.fixture(scope="session")
+def make_prompt(base_folder: Path) -> Callable[..., Prompt]:
+    """A prompt about random volume `volume` (4 x 2 x 2 visual tokens); `question` seeds its words."""
+    config = AutoConfig.from_pretrained(base_folder)
+    ordinary = range(20, 400)
+
+    def make(volume: int, question: int, words: int = 25, embeds_V_H: torch.Tensor | None = None) -> Prompt:
+        generator = torch.Generator().manual_seed(volume)
+        if embeds_V_H is None:
+            embeds_V_H = torch.randn(16, config.text_config.hidden_size, generator=generator)
+        features = VolumeFeatures(f"volume-{volume}", embeds_V_H, (4, 4, 4), 1.5)
+        volume_ids = (ordinary[1], ordinary[2], *[config.video_token_id] * 16, ordinary[3])
+        rng = np.random.default_rng(question)
+        question_ids = tuple(int(i) for i in rng.choice(list(ordinary), words))
+        return Prompt(f"{volume}_{question}", features, volume_ids, question_ids)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_adapter(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """A LoRA adapter of the language model with LoRA_B != 0, so that it changes every answer."""
+
+    @cache
+    def make(seed: int) -> Path:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base_folder, dtype=torch.float32)
+        targets = r".*language_model\..*\.(q|k|v|o|gate|up|down)_proj"
+        adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets))
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_(0, 0.1, generator=generator)
+        folder = tmp_path_factory.mktemp(f"adapter{seed}")
+        adapted.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def score(base_folder: Path) -> Callable[..., list[float]]:
+    """Log-probabilities of a rollout's tokens by one plain forward over the whole sequence, no cache.
+
+    Positions are the reference's, LoRA is folded into the weights by hand: nothing is shared with the engines.
+    """
+
+    @cache
+    def model_with(adapter: Path | None) -> Qwen2_5_VLForConditionalGeneration:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base_folder, dtype=torch.float32).eval()
+        if adapter is not None:
+            config = json.loads((adapter / "adapter_config.json").read_text())
+            tensors = load_file(adapter / "adapter_model.safetensors")
+            for name in {n.rsplit(".lora_", 1)[0] for n in tensors}:
+                a, b = (tensors[f"{name}.lora_{half}.weight"] for half in "AB")
+                weight = model.get_submodule(name.removeprefix("base_model.model.")).weight
+                weight.data += b @ a * (config["lora_alpha"] / config["r"])
+        return model
+
+    @torch.no_grad()
+    def score(
+        prompt: Prompt, token_ids: tuple[int, ...], temperature: float, adapter: Path | None = None
+    ) -> list:
+        model, features = model_with(adapter), prompt.features
+        ids = [*prompt.token_ids, *token_ids]
+        positions = mrope_positions(
+            ids,
+            features.grid_thw,
+            features.second_per_grid_t,
+            video_token_id=model.config.video_token_id,
+            merge_size=model.config.vision_config.spatial_merge_size,
+            tokens_per_second=model.config.vision_config.tokens_per_second,
+        )
+        embeds = model.get_input_embeddings()(torch.tensor([ids]))
+        embeds[torch.tensor([ids]) == model.config.video_token_id] = features.embeds_V_H
+        hidden = model.model.language_model(
+            inputs_embeds=embeds, position_ids=positions[:, None]
+        ).last_hidden_state
+        logps = (model.lm_head(hidden[0, len(prompt.token_ids) - 1 : -1]) / (temperature or 1)).log_softmax(
+            -1
+        )
+        return logps.gather(-1, torch.tensor(token_ids)[:, None])[:, 0].tolist()
+
+    return score

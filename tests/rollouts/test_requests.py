@@ -1,0 +1,94 @@
+"""Nothing that a model must not see gets past the check, and the message says what and where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from rollouts.requests import ModelFacts, check_request, group_seed
+from rollouts.types import EngineError, Prompt, Sampling
+
+Check = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def check(base_folder: Path) -> Check:
+    facts = ModelFacts.of(str(base_folder))
+
+    def check(
+        prompt: Prompt, sampling: Sampling | None = None, n: int = 2, seeds: list[int] | None = None
+    ) -> None:
+        check_request(
+            [prompt], n, sampling or Sampling(max_tokens=8), [0] if seeds is None else seeds, facts, 64
+        )
+
+    return check
+
+
+def with_embeds(prompt: Prompt, embeds: torch.Tensor) -> Prompt:
+    return replace(prompt, features=replace(prompt.features, embeds_V_H=embeds))
+
+
+def test_a_good_request_passes(check: Check, make_prompt: Callable[..., Prompt]) -> None:
+    check(make_prompt(0, 0))
+
+
+def test_bad_features_are_refused_by_volume(check: Check, make_prompt: Callable[..., Prompt]) -> None:
+    prompt = make_prompt(3, 0)
+    embeds = prompt.features.embeds_V_H
+    for bad in (
+        embeds[:, :-1],
+        embeds[:-1],
+        torch.cat([embeds, embeds]),
+        embeds * float("nan"),
+        embeds.long(),
+    ):
+        with pytest.raises(EngineError, match="volume-3"):
+            check(with_embeds(prompt, bad))
+
+
+def test_too_few_video_tokens_are_refused_by_example(
+    check: Check, make_prompt: Callable[..., Prompt]
+) -> None:
+    prompt = make_prompt(3, 7)
+    with pytest.raises(EngineError, match="prompt 3_7: 15 video tokens"):
+        check(replace(prompt, volume_ids=prompt.volume_ids[:2] + prompt.volume_ids[3:]))
+
+
+def test_a_prompt_longer_than_the_context_is_refused(
+    check: Check, make_prompt: Callable[..., Prompt]
+) -> None:
+    with pytest.raises(EngineError, match=r"prompt 1_2: 59 tokens and up to 8 .* max_model_len=64"):
+        check(make_prompt(1, 2, words=40))
+
+
+def test_tokens_of_another_vocabulary_are_refused(check: Check, make_prompt: Callable[..., Prompt]) -> None:
+    with pytest.raises(EngineError, match="another tokenizer"):
+        check(replace(make_prompt(0, 0), question_ids=(151_645,)))
+
+
+@pytest.mark.parametrize("bad", [Sampling(temperature=-1), Sampling(top_p=0), Sampling(max_tokens=0)])
+def test_impossible_sampling_is_refused(
+    check: Check, make_prompt: Callable[..., Prompt], bad: Sampling
+) -> None:
+    with pytest.raises(EngineError, match="needs temperature"):
+        check(make_prompt(0, 0), bad)
+
+
+def test_each_prompt_needs_a_seed_and_a_sample(check: Check, make_prompt: Callable[..., Prompt]) -> None:
+    with pytest.raises(EngineError, match="as many seeds"):
+        check(make_prompt(0, 0), seeds=[])
+    with pytest.raises(EngineError, match="n=0"):
+        check(make_prompt(0, 0), n=0)
+
+
+def test_group_seeds_are_fixed_and_far_apart() -> None:
+    """Seeds i and i + 1 share samples when sample j of a group is drawn with seed + j."""
+    assert group_seed(0, 1, "a") == group_seed(0, 1, "a") != group_seed(0, 11, "a")
+    low = sorted(group_seed(seed) % 2**32 for seed in range(2000))  # a CPU generator uses 32 bits of its seed
+    assert sum(b - a < 8 for a, b in pairwise(low)) <= 1
