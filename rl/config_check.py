@@ -6,6 +6,7 @@ problems are reported at once, each with the field, its value and the remedy.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -36,50 +37,16 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 """Fields that take one of a few words."""
 
-POSITIVE: Mapping[str, tuple[str, ...]] = {
-    "view": ("slice_stride", "seconds_per_mm"),
-    "model.lora": ("r", "alpha"),
-    "engine": ("max_model_len", "max_num_seqs", "kv_cache_gib", "start_timeout_s", "generate_timeout_s"),
-    "sft": (
-        "learning_rate",
-        "max_epochs",
-        "patience",
-        "volumes_per_step",
-        "questions_per_volume",
-        "max_grad_norm",
-    ),
-    "grpo": (
-        *(
-            "max_steps",
-            "volumes_per_step",
-            "questions_per_volume",
-            "num_iterations",
-            "save_steps",
-        ),
-        *(
-            "learning_rate",
-            "max_grad_norm",
-            "temperature",
-            "max_completion_length",
-            "max_tokens_per_microbatch",
-        ),
-        *("probe_tolerance", "probe_tolerance_bf16", "importance_cap"),
-    ),
-    "eval": ("max_completion_length",),
-    "compare": ("bootstrap_draws",),
-    "ray": ("num_workers", "cpus_per_worker", "num_engines", "cpus_per_engine", "placement_timeout_s"),
-    "phantom": ("train_patients", "val_patients", "test_patients", "max_visits"),
-    "base": ("patients", "vision_steps", "language_steps", "learning_rate"),
-}
-"""Section -> fields that must be greater than 0."""
-
-NOT_NEGATIVE: Mapping[str, tuple[str, ...]] = {
-    "sft": ("weight_decay", "warmup_ratio", "max_seconds"),
-    "grpo": ("beta", "epsilon", "epsilon_high", "warmup_steps", "weight_decay", "eval_steps"),
-    "eval": ("temperature", "max_examples"),
-    "ray": ("gpus_per_worker", "gpus_per_engine"),
-}
-"""Section -> fields that may be 0."""
+MAY_BE_ZERO = frozenset(
+    {
+        *("seed", "phantom.seed", "base.seed", "view.window_low", "model.lora.dropout"),
+        *("sft.steps_per_epoch", "sft.warmup_ratio", "sft.weight_decay", "sft.max_seconds"),
+        *("grpo.beta", "grpo.epsilon", "grpo.epsilon_high", "grpo.warmup_steps", "grpo.weight_decay"),
+        *("grpo.eval_steps", "eval.temperature", "eval.max_examples"),
+        *("ray.gpus_per_worker", "ray.gpus_per_engine"),
+    }
+)
+"""Numbers for which 0 has a meaning; every other number of the configuration is greater than 0."""
 
 PROMPT_TEXT_TOKENS = 384
 """Allowance for the text of a prompt (system turn, question, answer template) under Qwen's tokenizer."""
@@ -185,15 +152,11 @@ def _choices(config: Config) -> Iterator[str]:
 
 
 def _signs(config: Config) -> Iterator[str]:
-    for table, is_legal, rule in (
-        (POSITIVE, lambda value: value > 0, "must be greater than 0"),
-        (NOT_NEGATIVE, lambda value: value >= 0, "must not be negative"),
-    ):
-        for section, names in table.items():
-            for name in names:
-                value = _value(config, f"{section}.{name}")
-                if not is_legal(value):
-                    yield f"{section}.{name} is {value}: it {rule}"
+    for name, value in _numbers(config, ""):
+        if name in MAY_BE_ZERO and not value >= 0:
+            yield f"{name} is {value}: it must not be negative"
+        elif name not in MAY_BE_ZERO and not value > 0:
+            yield f"{name} is {value}: it must be greater than 0"
 
 
 def _data(config: Config) -> Iterator[str]:
@@ -263,8 +226,6 @@ def _grpo(config: Config) -> Iterator[str]:
         yield f"grpo.epsilon_high is {grpo.epsilon_high}: it must not be below grpo.epsilon ({grpo.epsilon})"
     if grpo.warmup_steps >= grpo.max_steps:
         yield f"grpo.warmup_steps is {grpo.warmup_steps}: it must be below grpo.max_steps ({grpo.max_steps})"
-    if grpo.eval_steps and grpo.eval_examples < 1:
-        yield f"grpo.eval_examples is {grpo.eval_examples}: with grpo.eval_steps set it must be at least 1"
 
 
 def _ray(config: Config) -> Iterator[str]:
@@ -277,6 +238,11 @@ def _ray(config: Config) -> Iterator[str]:
         yield (
             f"ray.num_engines is {ray.num_engines} and ray.num_workers {ray.num_workers}: "
             "with placement 'colocate' each worker shares its GPU with one engine"
+        )
+    if ray.num_workers > config.grpo.volumes_per_step:
+        yield (
+            f"ray.num_workers is {ray.num_workers}: with grpo.volumes_per_step {config.grpo.volumes_per_step} "
+            "some workers would have no volume; lower the one or raise the other"
         )
     if config.model.device == "cpu" and (ray.gpus_per_worker or ray.gpus_per_engine):
         yield "model.device is 'cpu' but ray.gpus_per_worker or ray.gpus_per_engine is not 0"
@@ -336,6 +302,16 @@ def _geometry_of(model_config: dict[str, Any], origin: str) -> VisionGeometry:
         hidden_size=vision["out_hidden_size"],
         tokens_per_second=vision.get("tokens_per_second", 2.0),
     )
+
+
+def _numbers(section: Any, prefix: str) -> Iterator[tuple[str, float]]:
+    """Every number of a tree of dataclasses, by its dotted name."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _numbers(value, f"{prefix}{field.name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{field.name}", value
 
 
 def _value(config: Config, dotted: str) -> Any:

@@ -39,7 +39,9 @@ def mrope_positions(
     frames, rows, columns = grid_thw[0], grid_thw[1] // merge_size, grid_thw[2] // merge_size
     expected = frames * rows * columns
     if len(video) != expected or int(video[-1] - video[0]) != expected - 1:
-        raise ValueError(f"grid {grid_thw} needs {expected} contiguous video tokens, the prompt has {len(video)}")
+        raise ValueError(
+            f"grid {grid_thw} needs {expected} contiguous video tokens, the prompt has {len(video)}"
+        )
     start, end = int(video[0]), int(video[-1]) + 1
     before = torch.arange(start).expand(3, -1)
     # float64, then truncation, as the reference: 2 s per frame x 2 tokens/s = a step of 4

@@ -143,6 +143,8 @@ def test_a_value_outside_a_choice_names_the_allowed_ones(field: str) -> None:
         (["model.device=cpu", "ray.gpus_per_worker=1"], "model.device is 'cpu'"),
         (["ray.placement=colocate", "ray.num_engines=2"], "ray.num_engines is 2"),
         (["ray.cpus_per_engine=0"], "ray.cpus_per_engine"),
+        (["ray.num_workers=9"], "ray.num_workers is 9: with grpo.volumes_per_step 8"),
+        (["sft.validation_volumes=0"], "sft.validation_volumes is 0: it must be greater than 0"),
         (["model.lora.dropout=1"], "model.lora.dropout"),
         (["compare.confidence=95"], "between 0 and 1"),
         (["phantom.shape=[96,96]"], "three positive numbers"),
