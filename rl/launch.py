@@ -1,0 +1,279 @@
+"""GRPO under Ray: `reasonknee launch`.
+
+    connect (or start a local cluster)  ->  every node has the same install?  ->  placement, with a timeout
+    -> reserve, start the engines (actors of `rollouts.pool`)  ->  Ray Train runs `train_grpo` on every rank
+    -> whatever happens: end the engines, give the reservation back, end the local cluster
+
+Learned by running Ray 2.60: Ray Train waits for ever for workers that do not fit, unless its retries of the start
+are turned off; it reports a failure without the traceback and among messages of its own, so that ranks send theirs
+themselves (`rl.terminal`); it changes the working directory; Ctrl-C during `fit` ends in SystemExit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+from accelerate import Accelerator
+from ray.train import (
+    ControllerError,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+)
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.placement_group import PlacementGroup
+from rich.console import Console
+
+from rl.cluster import bundle, cluster, cluster_nodes, ignore_signals, interruptible, reserved, take_signals
+from rl.config import Config, ConfigError, RayConfig
+from rl.data.check import require_best_convention
+from rl.engine import start_engine
+from rl.environment import check_one_install, pick_device
+from rl.errors import expected_errors
+from rl.grpo import train_grpo
+from rl.install_check import check_nodes
+from rl.pipeline import STAGES
+from rl.placement import (
+    Node,
+    PlacementError,
+    check_shares,
+    placement_table,
+    plan,
+    refusal,
+    requested,
+    this_machine,
+)
+from rl.progress import StageProgress
+from rl.stages import run_stage
+from rl.terminal import Failure, Viewer, connected_to, open_terminal
+from rollouts.actor import EngineLocation
+from rollouts.pool import EnginePool, PoolLimits
+from rollouts.types import Engine, EngineError
+from rollouts.vllm_engine import VllmEngine
+
+OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes: done; the job failed; bad config or placement; Ctrl-C or SIGTERM."""
+
+
+class JobError(RuntimeError):
+    """The job itself failed; the message begins with its own error."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What runs on the cluster: the engine, and the loop of every rank."""
+
+    start_engine: Callable[[Config], Engine] = start_engine
+    train: Callable[..., Any] = train_grpo
+    check: Callable[[Config], None] = require_best_convention
+    """Called on the driver before anything is started."""
+
+
+def launch(config: Config, dry_run: bool = False, job: Job | None = None) -> int:
+    """Run GRPO on Ray; continues from the last checkpoint, whoever made it.
+
+    Args:
+        config: validated; its `ray` section says who gets what.
+        dry_run: print the placement and whether the cluster can hold it, start nothing.
+        job: other loops and engines than GRPO's.
+
+    Returns:
+        0 done (dry run: it fits); 1 the job failed (dry run: it does not fit); 2 the configuration or the placement
+        cannot be had; 130 interrupted. Errors are printed.
+    """
+    console = Console(highlight=False)
+    job = job or Job()
+    try:
+        with interruptible():
+            check_shares(config.ray)
+            if dry_run:
+                return _dry_run(config, console)
+            if not config.ray.address and not ray.is_initialized():
+                _refuse_what_does_not_fit(config.ray, this_machine())
+            job.check(config)
+            stage = replace(STAGES["grpo"], run=partial(_run, job))
+            if run_stage(config, stage) is None:
+                console.print("GRPO: nothing has changed since it finished; skipped")
+            return OK
+    except KeyboardInterrupt:
+        console.print("interrupted; everything this run started was ended")
+        return INTERRUPTED
+    except JobError as error:
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        return FAILED
+    except EngineError as error:
+        console.print(f"EngineError: {error}", style="red", markup=False, soft_wrap=True)
+        return FAILED
+    except expected_errors() as error:
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return REFUSED
+
+
+def _dry_run(config: Config, console: Console) -> int:
+    if config.ray.address:
+        with cluster(config.ray):
+            nodes = cluster_nodes()
+            free = ray.available_resources()
+    else:
+        nodes, free = this_machine(), None
+    seats = plan(config.ray, nodes)
+    console.print(placement_table(config.ray, nodes, seats))
+    if free is not None:
+        console.print(f"free at the moment: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs")
+    problem = refusal(config.ray, nodes, seats)
+    console.print(
+        problem or "the cluster can hold this placement", soft_wrap=True, style="red" if problem else None
+    )
+    return FAILED if problem else OK
+
+
+def _run(job: Job, config: Config, progress: StageProgress) -> None:
+    """The job from cluster to result; everything it starts is ended on the way out."""
+    with cluster(config.ray) as temporary:
+        check_nodes()
+        nodes = cluster_nodes()
+        progress.console.print(placement_table(config.ray, nodes, plan(config.ray, nodes)))
+        with reserved(config.ray, nodes) as (engines_group, release_workers):
+            progress.log(f"starting {config.ray.num_engines} x {config.engine.kind}")
+            pool = _start_pool(job, config, engines_group, temporary)
+            try:
+                release_workers()
+                _fit(job, config, pool, progress, temporary or (Path(config.run_dir) / "ray").resolve())
+            finally:
+                pool.close()
+
+
+def _refuse_what_does_not_fit(settings: RayConfig, nodes: list[Node]) -> None:
+    problem = refusal(settings, nodes, plan(settings, nodes))
+    if problem:
+        raise PlacementError(problem)
+
+
+def _start_pool(job: Job, config: Config, group: PlacementGroup, temporary: Path | None) -> EnginePool:
+    engine, settings = config.engine, config.ray
+    # An engine's own watchdog may start it again and repeat the request; other ranks' requests may be before ours.
+    one_request = 2 * engine.generate_timeout_s + engine.start_timeout_s
+    return EnginePool.start(
+        partial(_engine, job, _on_device(config, settings.gpus_per_engine), Path.cwd(), check_one_install()),
+        settings.num_engines,
+        PoolLimits(start_s=engine.start_timeout_s, generate_s=settings.num_workers * one_request),
+        cpus=settings.cpus_per_engine,
+        gpus=settings.gpus_per_engine,
+        placement_group=group,
+        env={"TMPDIR": str(temporary)} if temporary else None,
+    )
+
+
+def _engine(job: Job, config: Config, folder: Path, home: Path) -> Engine:
+    """In an engine's process: the engine, ready."""
+    _enter(folder, home)
+    engine = job.start_engine(config)
+    if isinstance(engine, VllmEngine):
+        engine.wait_until_ready()
+    return engine
+
+
+def _fit(job: Job, config: Config, pool: EnginePool, progress: StageProgress, storage: Path) -> None:
+    """Ray Train over all ranks.
+
+    Raises:
+        JobError: a rank failed.
+        PlacementError: someone else took the workers' place.
+        KeyboardInterrupt: Ctrl-C.
+    """
+    settings = config.ray
+    threads = str(max(1, int(settings.cpus_per_worker)))
+    terminal = open_terminal()
+    trainer = TorchTrainer(
+        _rank,
+        train_loop_config={
+            "job": job,
+            "config": _on_device(config, settings.gpus_per_worker),
+            "pool": pool,
+            "terminal": terminal,
+            "folder": Path.cwd(),
+            "home": check_one_install(),
+        },
+        torch_config=TorchConfig(backend="nccl" if settings.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=settings.num_workers,
+            use_gpu=settings.gpus_per_worker > 0,
+            resources_per_worker=bundle,
+        ),
+        run_config=RunConfig(
+            name="grpo",
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            logging_config=LoggingConfig(log_level="CRITICAL"),
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
+        ),
+    )
+    viewer = Viewer(terminal, progress)
+    viewer.start()
+    try:
+        trainer.fit()
+    except SystemExit:  # what Ray Train makes of SIGINT
+        ignore_signals()
+        viewer.stop()
+        raise KeyboardInterrupt from None
+    except TrainingFailedError as error:
+        take_signals()
+        raise _explained(error, viewer.stop(), settings) from error
+    take_signals()
+    viewer.stop()
+
+
+def _rank(job_of_rank: dict[str, Any]) -> None:
+    """The loop of one training worker."""
+    config, pool = job_of_rank["config"], job_of_rank["pool"]
+    context = ray.train.get_context()
+    with connected_to(job_of_rank["terminal"], context.get_world_rank()) as show:
+        _enter(job_of_rank["folder"], job_of_rank["home"])
+        if config.ray.placement == "colocate":
+            here = EngineLocation(
+                ray.get_runtime_context().get_node_id(), tuple(int(gpu) for gpu in ray.get_gpu_ids())
+            )
+            pool = pool.beside(here, context.get_local_rank())
+        accelerator = Accelerator(cpu=pick_device(config.model.device).type == "cpu")
+        job_of_rank["job"].train(config, pool, accelerator, show)
+
+
+def _enter(folder: Path, home: Path) -> None:
+    """The driver's working directory where this node has it, so that relative paths mean the same; one install."""
+    found = check_one_install()
+    if found != home:
+        raise ConfigError(f"the packages are imported from {found} here and from {home} on the driver")
+    if folder.is_dir():
+        os.chdir(folder)
+
+
+def _on_device(config: Config, gpus: float) -> Config:
+    """The config for a process with this share of GPUs: without one, `auto` must not find another's."""
+    return config if gpus else replace(config, model=replace(config.model, device="cpu"))
+
+
+def _explained(error: TrainingFailedError, failures: list[Failure], settings: RayConfig) -> Exception:
+    """The job's own error: of the rank that failed first, else what Ray knows of a process that died."""
+    if failures:
+        first = failures[0]
+        return JobError(
+            f"{first.kind}: {first.message}\n\non rank {first.rank}:\n{first.own_traceback.rstrip()}"
+        )
+    if isinstance(error, WorkerGroupError):
+        rank, reason = next(iter(error.worker_failures.items()))
+        return JobError(f"the process of rank {rank} died: {reason}")
+    if isinstance(error, ControllerError) and "startup timed out" in str(error):
+        return PlacementError(
+            f"the workers' place was taken while the engines loaded, and was not free again within "
+            f"{settings.placement_timeout_s:g} s (ray.placement_timeout_s): requested {requested(settings)}"
+        )
+    return JobError(str(error))
