@@ -311,12 +311,14 @@ class BaseConfig:
     """Training of the built-in stand-in base model."""
 
     out_dir: str = "${run_dir}/base"
-    patients: int = 1500
-    """Phantom patients, generated with seeds disjoint from every dataset split."""
+    knees: int = 2000
+    """Phantom knees with balanced grades, drawn with seeds that no dataset split uses."""
     seed: int = 20_000
-    vision_steps: int = 1500
-    language_steps: int = 1500
-    learning_rate: float = 1.5e-3
+    vocab_size: int = 1600
+    vision_steps: int = 1200
+    vision_learning_rate: float = 2e-3
+    language_steps: int = 700
+    language_learning_rate: float = 1.5e-3
 
 
 @dataclass

@@ -17,7 +17,7 @@ those of one padded row per completion.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,15 +46,26 @@ class Node:
 
 @dataclass(frozen=True)
 class Siblings:
-    """Children of one node as a padded batch."""
+    """Children of one node, as indices into the batch's nodes."""
 
-    ancestors_A: torch.Tensor
-    """Flat positions of the path's tokens."""
-    tokens_C_T: torch.Tensor
-    """Flat positions of each child's tokens, padded with its first token's."""
-    valid_C_T: torch.Tensor
+    path: tuple[int, ...]
+    """The nodes from the root to the parent."""
+    children: tuple[int, ...]
     mask_C_1_T_AT: torch.Tensor
-    """Which keys (path, then own tokens) each query may see."""
+    """Which keys (path, then own tokens) each query of the padded children may see."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the flat row is cut into nodes."""
+
+    lengths: tuple[int, ...]
+    siblings: tuple[Siblings, ...]
+
+    def to(self, device: torch.device | str) -> Layout:
+        """The layout with its masks on another device."""
+        moved = [replace(s, mask_C_1_T_AT=s.mask_C_1_T_AT.to(device)) for s in self.siblings]
+        return replace(self, siblings=tuple(moved))
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ class PackedBatch:
     features_V_H: torch.Tensor | None
     visual_V: torch.Tensor
     """Flat positions that take `features_V_H` instead of a token embedding."""
-    siblings: list[Siblings]
+    layout: Layout
     predictors_N_T: torch.Tensor
     """Flat position whose hidden state predicts completion token t."""
     targets_N_T: torch.Tensor
@@ -76,14 +87,11 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         """The batch on another device."""
 
-        def move(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                return value.to(device)
-            if isinstance(value, list):
-                return [Siblings(**{k: move(v) for k, v in vars(s).items()}) for s in value]
-            return value
-
-        return PackedBatch(**{name: move(value) for name, value in vars(self).items()})
+        moved = {
+            name: value.to(device) if isinstance(value, torch.Tensor | Layout) else value
+            for name, value in vars(self).items()
+        }
+        return PackedBatch(**moved)
 
 
 def pack(roots: Sequence[Node], visual_token_id: int) -> PackedBatch:
@@ -98,51 +106,62 @@ def pack(roots: Sequence[Node], visual_token_id: int) -> PackedBatch:
     return builder.finish()
 
 
+@dataclass(frozen=True)
+class _Placed:
+    """A node that has been given its place in the flat row."""
+
+    index: int
+    """Among the nodes that have tokens."""
+    span: range
+    next_position: int
+
+
 class _Builder:
     def __init__(self, visual_token_id: int) -> None:
         self.visual_token_id = visual_token_id
         self.ids: list[int] = []
+        self.lengths: list[int] = []
         self.positions: list[torch.Tensor] = []
         self.features: list[torch.Tensor] = []
         self.siblings: list[Siblings] = []
         self.completions: list[tuple[int, range]] = []  # (flat position of the parent's last token, own span)
 
-    def add_siblings(self, nodes: list[Node], path: list[int], next_position: int) -> None:
-        spans, follow = [], []
-        for node in nodes:
-            span, after = self._add(node, path, next_position)
-            spans.append(span)
-            follow.append(after)
-        if any(spans):
-            self.siblings.append(_sibling_batch([s for s in spans if s], path))
-        for node, span, after in zip(nodes, spans, follow, strict=True):
+    def add_siblings(self, nodes: list[Node], path: list[_Placed], next_position: int) -> None:
+        placed = [self._place(node, path, next_position) for node in nodes]
+        filled = [p for p in placed if p.span]
+        if filled:
+            mask = _mask(sum(len(p.span) for p in path), [len(p.span) for p in filled])
+            path_indices, children = tuple(p.index for p in path), tuple(p.index for p in filled)
+            self.siblings.append(Siblings(path_indices, children, mask))
+        for node, place in zip(nodes, placed, strict=True):
             if node.children:
-                if not span:
+                if not place.span:
                     raise ValueError("a node without tokens cannot have children")
-                self.add_siblings(node.children, [*path, *span], after)
+                self.add_siblings(node.children, [*path, place], place.next_position)
 
-    def _add(self, node: Node, path: list[int], next_position: int) -> tuple[range, int]:
+    def _place(self, node: Node, path: list[_Placed], next_position: int) -> _Placed:
         start = len(self.ids)
         span = range(start, start + len(node.token_ids))
         visual = sum(1 for t in node.token_ids if t == self.visual_token_id)
         rows = 0 if node.features_V_H is None else len(node.features_V_H)
         if visual != rows:
             raise ValueError(f"a node has {visual} visual tokens and {rows} feature rows")
+        if node.scored:
+            if not path:
+                raise ValueError("a completion needs a prompt before it")
+            self.completions.append((path[-1].span[-1], span))
+        if not span:
+            return _Placed(-1, span, next_position)
         self.ids += node.token_ids
+        self.lengths.append(len(span))
         if node.features_V_H is not None:
             self.features.append(node.features_V_H)
         positions = node.positions_3_T
         if positions is None:
-            positions = torch.arange(next_position, next_position + len(span)).expand(3, -1)
-        else:
-            positions = positions + next_position
+            positions = torch.arange(len(span)).expand(3, -1)
+        positions = positions + next_position
         self.positions.append(positions)
-        if node.scored:
-            if not path:
-                raise ValueError("a completion needs a prompt before it")
-            self.completions.append((path[-1], span))
-        after = int(positions.max()) + 1 if len(span) else next_position
-        return span, after
+        return _Placed(len(self.lengths) - 1, span, int(positions.max()) + 1)
 
     def finish(self) -> PackedBatch:
         ids = torch.tensor(self.ids, dtype=torch.long)
@@ -162,29 +181,19 @@ class _Builder:
             positions_3_L=torch.cat(self.positions, dim=1),
             features_V_H=torch.cat(self.features) if self.features else None,
             visual_V=(ids == self.visual_token_id).nonzero().flatten(),
-            siblings=self.siblings,
+            layout=Layout(tuple(self.lengths), tuple(self.siblings)),
             predictors_N_T=predictors,
             targets_N_T=targets,
             mask_N_T=mask,
         )
 
 
-def _sibling_batch(spans: list[range], path: list[int]) -> Siblings:
-    longest = max(len(span) for span in spans)
-    starts = torch.tensor([span.start for span in spans])
-    lengths = torch.tensor([len(span) for span in spans])
-    offsets = torch.arange(longest)
-    valid = offsets < lengths[:, None]
-    tokens = starts[:, None] + torch.where(valid, offsets, 0)
-    # padded queries see their own (padded) past too: their output is thrown away, but must not be NaN
-    own = (offsets[None, :] <= offsets[:, None]).expand(len(spans), 1, longest, longest)
-    ancestors = torch.ones(len(spans), 1, longest, len(path), dtype=torch.bool)
-    return Siblings(
-        ancestors_A=torch.tensor(path, dtype=torch.long),
-        tokens_C_T=tokens,
-        valid_C_T=valid,
-        mask_C_1_T_AT=torch.cat([ancestors, own], dim=-1),
-    )
+def _mask(ancestors: int, lengths: list[int]) -> torch.Tensor:
+    """Queries see the whole path and their own past. Padding comes last, so no real token sees any."""
+    longest = max(lengths)
+    own = torch.ones(longest, longest, dtype=torch.bool).tril()
+    path = torch.ones(longest, ancestors, dtype=torch.bool)
+    return torch.cat([path, own], dim=1).expand(len(lengths), 1, -1, -1)
 
 
 def packed_tree_attention(
@@ -194,7 +203,7 @@ def packed_tree_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    siblings: list[Siblings],
+    layout: Layout,
     scaling: float | None = None,
     dropout: float = 0.0,
     **_: Any,
@@ -207,26 +216,39 @@ def packed_tree_attention(
         [1, L, heads, d], as transformers' attention functions return it.
     """
     repeats = query.shape[1] // key.shape[1]
-    q, k, v = query[0], key[0], value[0]
-    output = torch.empty_like(q)
-    for s in siblings:
-        children = s.tokens_C_T.shape[0]
-
-        def keys_of(x: torch.Tensor, s: Siblings = s, children: int = children) -> torch.Tensor:
-            path = x[:, s.ancestors_A].expand(children, -1, -1, -1)
-            own = x[:, s.tokens_C_T].transpose(0, 1)
-            return repeat_kv(torch.cat([path, own], dim=2), repeats)
-
+    # one split, because its backward is one concatenation; slicing would write a row of zeros per slice
+    q_nodes, k_nodes, v_nodes = (x[0].split(layout.lengths, dim=1) for x in (query, key, value))
+    outputs: list[torch.Tensor] = [query] * len(layout.lengths)
+    for s in layout.siblings:
+        lengths = [layout.lengths[child] for child in s.children]
         attended = F.scaled_dot_product_attention(
-            q[:, s.tokens_C_T].transpose(0, 1),
-            keys_of(k),
-            keys_of(v),
+            _stack(q_nodes, s.children, lengths),
+            repeat_kv(_with_path(k_nodes, s, lengths), repeats),
+            repeat_kv(_with_path(v_nodes, s, lengths), repeats),
             attn_mask=s.mask_C_1_T_AT,
             dropout_p=dropout,
             scale=scaling,
         )  # [C, heads, T, d]
-        output[:, s.tokens_C_T[s.valid_C_T]] = attended.transpose(0, 1)[:, s.valid_C_T]
-    return output.transpose(0, 1)[None], None
+        for child, length, rows in zip(s.children, lengths, attended, strict=True):
+            outputs[child] = rows[:, :length]
+    return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
+
+
+def _stack(nodes: Sequence[torch.Tensor], children: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+    """Children padded to the longest, [C, heads, T, d]."""
+    longest = max(lengths)
+    return torch.stack(
+        [F.pad(nodes[c], (0, 0, 0, longest - n)) for c, n in zip(children, lengths, strict=True)]
+    )
+
+
+def _with_path(nodes: Sequence[torch.Tensor], s: Siblings, lengths: Sequence[int]) -> torch.Tensor:
+    """The path's keys (or values) before each child's own, [C, kv_heads, A + T, d]."""
+    own = _stack(nodes, s.children, lengths)
+    if not s.path:
+        return own
+    path = torch.cat([nodes[i] for i in s.path], dim=1)
+    return torch.cat([path.expand(len(s.children), -1, -1, -1), own], dim=2)
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, packed_tree_attention)
@@ -287,7 +309,7 @@ class PackedPolicy(nn.Module):
             position_ids=self._positions(batch.positions_3_L),
             attention_mask={"full_attention": None},  # a ready mask mapping: none is built
             use_cache=False,
-            siblings=batch.siblings,
+            layout=batch.layout,
         ).last_hidden_state[0]
         predictors = hidden[batch.predictors_N_T[batch.mask_N_T]]
         logits = self.causal_lm.lm_head(predictors)

@@ -51,7 +51,7 @@ def embed(config: Config, progress: StageProgress) -> None:
         volume
         for split in ("train", "val", "test")
         if split_file(Path(config.data.root), split).exists()
-        for volume in load_examples(config, split).volumes().values()  # type: ignore[arg-type]
+        for volume in load_examples(config, split).volumes().values()
     ]
     embed_examples(
         volumes,
@@ -74,7 +74,9 @@ def sft(config: Config, progress: StageProgress) -> None:
         nonlocal best
         if "val_loss" in record:
             best = min(best, record["val_loss"])
-            progress.log(f"epoch {record['epoch']:.0f}: validation loss {record['val_loss']:.4f} (best {best:.4f})")
+            progress.log(
+                f"epoch {record['epoch']:.0f}: validation loss {record['val_loss']:.4f} (best {best:.4f})"
+            )
         else:
             progress.update(int(record["step"]), int(record["steps"]), f"at most; loss {record['loss']:.3f}")
 
@@ -87,7 +89,9 @@ def grpo(config: Config, progress: StageProgress) -> None:
 
     def show(record: dict[str, float]) -> None:
         parts = [f"reward {record['reward']:.3f}"]
-        parts += [f"{k.removeprefix('reward/')} {v:.3f}" for k, v in record.items() if k.startswith("reward/")]
+        parts += [
+            f"{k.removeprefix('reward/')} {v:.3f}" for k, v in record.items() if k.startswith("reward/")
+        ]
         progress.update(int(record["step"]), int(record["steps"]), "  ".join(parts))
 
     engine = start_engine(config)
@@ -102,9 +106,9 @@ def evaluation(config: Config, progress: StageProgress) -> None:
     run_dir = Path(config.run_dir)
     adapters: dict[str, Path | None] = {BASE: None}
     for name in (SFT, GRPO):
-        adapter = run_dir / name.lower() / "adapter"
-        if adapter.is_dir():
-            adapters[name] = adapter
+        trained = run_dir / name.lower() / "adapter"
+        if trained.is_dir():
+            adapters[name] = trained
     evaluate_baselines(config, run_dir / "eval" / BASELINE)
     engine = start_engine(config)
     try:
@@ -134,7 +138,9 @@ def comparison(config: Config, progress: StageProgress, a: str = SFT, b: str = G
         if name not in runs:
             path = Path(name)
             if not (path / "run.json").exists():
-                raise ConfigError(f"no run {name!r}: it is none of {', '.join(runs)} and no folder with a run.json")
+                raise ConfigError(
+                    f"no run {name!r}: it is none of {', '.join(runs)} and no folder with a run.json"
+                )
             runs[name] = read_run(path)
     result = compare(runs[a], runs[b], config.compare, config.seed)
     metrics = Path(config.run_dir) / "grpo" / "metrics.jsonl"
@@ -157,9 +163,15 @@ STAGES = {
         Stage("embed", "embed", embed, _DATA, after=("phantom",)),
         Stage("sft", "SFT", sft, (*_DATA, "sft"), after=("embed",), outputs=("sft",)),
         Stage("grpo", "GRPO", grpo, (*_DATA, "rewards", "grpo", "engine"), after=("sft",), outputs=("grpo",)),
-        Stage("eval", "benchmark", evaluation, (*_DATA, "rewards", "eval"), after=("sft", "grpo"), outputs=("eval",)),
+        Stage(
+            "eval",
+            "benchmark",
+            evaluation,
+            (*_DATA, "rewards", "eval"),
+            after=("sft", "grpo"),
+            outputs=("eval",),
+        ),
         Stage("compare", "comparison", comparison, ("compare",), after=("eval",), outputs=("report.html",)),
     )
 }
 """Every stage of the demo, in order. `base` is not among them: its result ships with the package."""
-__all__ = ["STAGES", "base", "comparison", "pick_dtype", "read_runs"]

@@ -67,16 +67,18 @@ class AnswerTrees:
 
 
 @torch.no_grad()
-def knee_features(visual: nn.Module, knees: Sequence[KneeArrays], sizes: PatchSizes) -> list[VolumeFeatures]:
+def knee_features(visual: Any, knees: Sequence[KneeArrays], sizes: PatchSizes) -> list[VolumeFeatures]:
     """Frozen features of each knee."""
-    features = []
+    features: list[VolumeFeatures] = []
     for start in range(0, len(knees), 16):
         part = knees[start : start + 16]
-        embeds = tower_embeds(visual, part, sizes).view(len(part), -1, visual.config.out_hidden_size)  # type: ignore[union-attr]
+        embeds = tower_embeds(visual, part, sizes).view(len(part), -1, visual.config.out_hidden_size)
         for k, embeds_V_H in zip(part, embeds, strict=True):
             t, h, w = k.shares_t_h_w_R.shape[:3]
             grid = (t, h * sizes.merge, w * sizes.merge)
-            features.append(VolumeFeatures(f"knee{len(features)}", embeds_V_H.clone(), grid, k.second_per_grid_t))
+            features.append(
+                VolumeFeatures(f"knee{len(features)}", embeds_V_H.clone(), grid, k.second_per_grid_t)
+            )
     return features
 
 
@@ -128,4 +130,7 @@ def train_language(
 def _accuracies(logps_N_T: torch.Tensor, batch: Any, data: AnswerTrees) -> dict[str, float]:
     """Mean probability of the first token after `Grades ` (the first grade), a cheap sign of learning."""
     prefix = len(data.tokenizer.encode("Grades ", add_special_tokens=False))
-    return {"p_grade": logps_N_T[:, prefix].exp().mean().item(), "p_box": logps_N_T[:, -8:].exp().mean().item()}
+    return {
+        "p_grade": logps_N_T[:, prefix].exp().mean().item(),
+        "p_box": logps_N_T[:, -8:].exp().mean().item(),
+    }
