@@ -1,9 +1,9 @@
-"""Second half of the base: the language model learns to look things up in the visual tokens.
+"""Second half of the base: the whole model learns to look things up in the visual tokens.
 
-The tower is frozen by now, so its features are computed once. The loss is next-token prediction on short answers
-about several questions of each volume (the packed forward), plus dense supervision of the visual tokens half-way up
-the language model: which region each belongs to and its grades. Only the language model sees all slices and the side
-of the knee, and without that help it stays at the commonest grade for a long time.
+Next-token prediction on short answers about several questions of each volume (the packed forward), plus dense
+supervision of the visual tokens half-way up the language model: which region each belongs to and its grades. Only the
+language model sees all slices and the side of the knee, and without that help it stays at the commonest grade for a
+long time. The tower goes on learning at a lower rate; it is frozen ever after.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from rl.base.corpus import knee_example, short_answer
 from rl.base.knees import KneeArrays
@@ -25,6 +26,8 @@ from rollouts.prompts import PromptBuilder
 from rollouts.types import VolumeFeatures
 from rollouts.volumes import PatchSizes
 
+OnStep = Callable[[int, dict[str, float]], None]
+
 
 class AnswerTrees:
     """Packed trees of short answers about phantoms: the training data of the language model."""
@@ -32,22 +35,24 @@ class AnswerTrees:
     def __init__(
         self,
         knees: Sequence[KneeArrays],
-        features: Sequence[VolumeFeatures],
         tokenizer: Any,
         phantom: PhantomConfig,
         tokens_per_second: float,
         merge: int,
     ) -> None:
-        self.knees, self.features, self.phantom = knees, features, phantom
+        self.knees, self.phantom = knees, phantom
         self.tokenizer, self.tokens_per_second, self.merge = tokenizer, tokens_per_second, merge
         self.builder = PromptBuilder(tokenizer, "required")
 
-    def tree(self, index: int, question_ids: Sequence[int]) -> Node:
+    def tree(self, index: int, embeds_V_H: torch.Tensor, question_ids: Sequence[int]) -> Node:
         """One volume with its questions and their short answers."""
-        features = self.features[index]
+        knee = self.knees[index]
+        t, h, w = knee.shares_t_h_w_R.shape[:3]
+        grid = (t, h * self.merge, w * self.merge)
+        features = VolumeFeatures(f"knee{index}", embeds_V_H, grid, knee.second_per_grid_t)
         root: Node | None = None
         for question_id in question_ids:
-            example = knee_example(self.knees[index], index, question_id, self.phantom)
+            example = knee_example(knee, index, question_id, self.phantom)
             prompt = self.builder.build(example, features)
             if root is None:
                 positions = mrope_positions(
@@ -66,36 +71,22 @@ class AnswerTrees:
         return root
 
 
-@torch.no_grad()
-def knee_features(visual: Any, knees: Sequence[KneeArrays], sizes: PatchSizes) -> list[VolumeFeatures]:
-    """Frozen features of each knee."""
-    features: list[VolumeFeatures] = []
-    for start in range(0, len(knees), 16):
-        part = knees[start : start + 16]
-        embeds = tower_embeds(visual, part, sizes).view(len(part), -1, visual.config.out_hidden_size)
-        for k, embeds_V_H in zip(part, embeds, strict=True):
-            t, h, w = k.shares_t_h_w_R.shape[:3]
-            grid = (t, h * sizes.merge, w * sizes.merge)
-            features.append(
-                VolumeFeatures(f"knee{len(features)}", embeds_V_H.clone(), grid, k.second_per_grid_t)
-            )
-    return features
-
-
-def train_language(
-    policy: PackedPolicy,
+def train_jointly(
+    model: Qwen2_5_VLForConditionalGeneration,
     data: AnswerTrees,
     question_ids: Sequence[int],
+    sizes: PatchSizes,
     *,
     steps: int,
     volumes: int = 8,
     questions: int = 10,
     learning_rate: float = 1.5e-3,
-    dense_weight: float = 1.0,
+    tower_learning_rate: float = 5e-4,
     seed: int = 0,
-    on_step: Callable[[int, dict[str, float]], None] = lambda step, stats: None,
+    on_step: OnStep = lambda step, stats: None,
 ) -> None:
-    """Full-parameter training of the language model; the learning rate stays high for most of it, then decays."""
+    """Full-parameter training of tower and language model; the rates stay high for two thirds, then decay."""
+    policy, visual = PackedPolicy(model), model.model.visual
     language = policy.language_model
     torch.manual_seed(seed)
     heads, targets = TokenHeads(language.config.hidden_size), TokenTargets()
@@ -103,34 +94,39 @@ def train_language(
     hook = language.layers[len(language.layers) // 2 - 1].register_forward_hook(
         lambda module, args, output: middle.append(output[0] if isinstance(output, tuple) else output)
     )
-    parameters = [*language.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    groups = [
+        {"params": [*language.parameters(), *heads.parameters()], "lr": learning_rate},
+        {"params": list(visual.parameters()), "lr": tower_learning_rate},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1.0, (s + 1) / 50, max(0.02, 3 * (1 - s / steps)))
+        optimizer, lambda s: min(1.0, (s + 1) / 30, max(0.02, 3 * (1 - s / steps)))
     )
     rng = np.random.default_rng(seed)
     for step in range(steps):
         chosen = [int(i) for i in rng.choice(len(data.knees), volumes, replace=False)]
-        roots = [data.tree(i, rng.choice(question_ids, questions, replace=False).tolist()) for i in chosen]
+        knees = [data.knees[i] for i in chosen]
+        embeds = tower_embeds(visual, knees, sizes).view(volumes, -1, language.config.hidden_size)
+        roots = [
+            data.tree(i, embeds_V_H, rng.choice(question_ids, questions, replace=False).tolist())
+            for i, embeds_V_H in zip(chosen, embeds, strict=True)
+        ]
         batch = pack(roots, data.builder.video_pad)
         middle.clear()
         logps_N_T, _ = policy(batch)
         answer_loss = -logps_N_T.sum() / batch.mask_N_T.sum()
         visual_N_H = middle[0].reshape(-1, language.config.hidden_size)[batch.visual_V]
-        dense_loss, stats = targets.loss(heads, visual_N_H, [data.knees[i] for i in chosen])
+        dense_loss, stats = targets.loss(heads, visual_N_H, knees)
         optimizer.zero_grad()
-        (answer_loss + dense_weight * dense_loss).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.autograd.backward(answer_loss + dense_loss)
+        nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
         optimizer.step()
         schedule.step()
-        on_step(step, {"answer": answer_loss.item(), **stats, **_accuracies(logps_N_T.detach(), batch, data)})
+        on_step(step, {"answer": answer_loss.item(), **stats, **_probabilities(logps_N_T.detach(), data)})
     hook.remove()
 
 
-def _accuracies(logps_N_T: torch.Tensor, batch: Any, data: AnswerTrees) -> dict[str, float]:
-    """Mean probability of the first token after `Grades ` (the first grade), a cheap sign of learning."""
+def _probabilities(logps_N_T: torch.Tensor, data: AnswerTrees) -> dict[str, float]:
+    """Mean probability of the first grade of each answer: at chance until the model looks."""
     prefix = len(data.tokenizer.encode("Grades ", add_special_tokens=False))
-    return {
-        "p_grade": logps_N_T[:, prefix].exp().mean().item(),
-        "p_box": logps_N_T[:, -8:].exp().mean().item(),
-    }
+    return {"p_grade": logps_N_T[:, prefix].exp().mean().item()}

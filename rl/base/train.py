@@ -9,12 +9,11 @@ import torch
 
 from rl.base.corpus import knee_example, tokenizer_corpus
 from rl.base.knees import make_knees
-from rl.base.language import AnswerTrees, knee_features, train_language
+from rl.base.language import AnswerTrees, train_jointly
 from rl.base.model import build_model, build_tokenizer, save_base
 from rl.base.vision import train_tower
 from rl.config import Config
 from rl.data.layout import question_ids
-from rl.packed import PackedPolicy
 from rollouts.volumes import PatchSizes
 
 OnProgress = Callable[[int, int, str], None]
@@ -59,13 +58,12 @@ def train_base(config: Config, on_progress: OnProgress = lambda done, total, not
         seed=settings.seed,
         on_step=show(settings.knees),
     )
-    features = knee_features(model.model.visual, knees, sizes)
     tokens_per_second = float(model.config.vision_config.tokens_per_second)
-    data = AnswerTrees(knees, features, tokenizer, config.phantom, tokens_per_second, sizes.merge)
-    train_language(
-        PackedPolicy(model),
-        data,
+    train_jointly(
+        model,
+        AnswerTrees(knees, tokenizer, config.phantom, tokens_per_second, sizes.merge),
         question_ids(config),
+        sizes,
         steps=settings.language_steps,
         learning_rate=settings.language_learning_rate,
         seed=settings.seed,

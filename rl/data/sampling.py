@@ -59,10 +59,10 @@ class PromptSampler:
         return [int(i) for i in picked]
 
 
-def _balanced_weights(
-    question_ids: Sequence[int], grades: Sequence[Mapping[str, int]]
-) -> np.ndarray:
-    counts = Counter((q, name, g) for q, gs in zip(question_ids, grades, strict=True) for name, g in gs.items())
+def _balanced_weights(question_ids: Sequence[int], grades: Sequence[Mapping[str, int]]) -> np.ndarray:
+    counts = Counter(
+        (q, name, g) for q, gs in zip(question_ids, grades, strict=True) for name, g in gs.items()
+    )
     levels = Counter((q, name) for q, name, _ in counts)
     # 1 / count balances the grades of one attribute, 1 / levels and 1 / attributes keep questions equally frequent
     return np.array(
