@@ -114,7 +114,9 @@ class VllmEngine:
         if not prompts:
             return []
         order = _volume_major(prompts)
-        header, buffers = _request([prompts[i] for i in order], n, sampling, [seeds[i] for i in order])
+        header, buffers = _request(
+            [prompts[i] for i in order], n, sampling, [seeds[i] for i in order], self._facts.video_token_id
+        )
         try:
             reply, arrays = self._generate_once(header, buffers)
         except WorkerFailure as first:
@@ -233,8 +235,17 @@ def _volume_major(prompts: Sequence[Prompt]) -> list[int]:
     return sorted(range(len(prompts)), key=lambda i: first_seen[prompts[i].features.key])
 
 
+def _one_video_token(prompt: Prompt, video_token_id: int) -> list[int]:
+    """The prompt with a single video token: vLLM puts as many in its place as the volume has visual tokens.
+
+    Given all of them, it would expand the first and leave the others in the prompt, without an error.
+    """
+    first = prompt.volume_ids.index(video_token_id)
+    return [t for i, t in enumerate(prompt.token_ids) if t != video_token_id or i == first]
+
+
 def _request(
-    prompts: Sequence[Prompt], n: int, sampling: Sampling, seeds: Sequence[int]
+    prompts: Sequence[Prompt], n: int, sampling: Sampling, seeds: Sequence[int], video_token_id: int
 ) -> tuple[Header, list[memoryview]]:
     features = {prompt.features.key: prompt.features for prompt in prompts}
     number = {key: i for i, key in enumerate(features)}
@@ -257,7 +268,12 @@ def _request(
             for f in features.values()
         ],
         "prompts": [
-            {"ids": p.token_ids, "volume": number[p.features.key], "seed": group_seed(s)}
+            {
+                "ids": _one_video_token(p, video_token_id),
+                "length": len(p.token_ids),
+                "volume": number[p.features.key],
+                "seed": group_seed(s),
+            }
             for p, s in zip(prompts, seeds, strict=True)
         ],
     }

@@ -79,6 +79,11 @@ class Worker:
             for prompt in request["prompts"]
         ]
         outputs = self.llm.generate(prompts, parameters, use_tqdm=False, lora_request=self.adapter)
+        for prompt, output in zip(request["prompts"], outputs, strict=True):
+            if len(output.prompt_token_ids) != prompt["length"]:
+                raise RuntimeError(
+                    f"vLLM saw {len(output.prompt_token_ids)} prompt tokens, not {prompt['length']}"
+                )
         if self.sleeps:
             self.llm.sleep(level=1)
         return self._reply([completion for output in outputs for completion in output.outputs])
