@@ -22,6 +22,7 @@ from rl.bench.intervals import (
     Resampled,
     bca_interval,
     bootstrap_t_interval,
+    jackknife_t_interval,
     percentile_interval,
     resample,
 )
@@ -47,7 +48,8 @@ class Difference:
     difference: float
     """b - a."""
     interval: Interval
-    """Symmetric bootstrap-t over patients."""
+    """Symmetric bootstrap-t over patients; the three that follow stand beside it (`rl.bench.intervals`)."""
+    jackknife: Interval
     percentile: Interval
     bca: Interval
     p_value: float
@@ -181,7 +183,7 @@ def _difference(
         for s in (s_a, s_b)
     )
     n_patients = int((n_merged.sum(axis=1) > 0).sum())
-    methods = (bootstrap_t_interval, percentile_interval, bca_interval)
+    methods = (bootstrap_t_interval, jackknife_t_interval, percentile_interval, bca_interval)
     # one patient says nothing about others: every difference remains possible
     intervals = [Interval(-1.0, 1.0) if n_patients < 2 else m(resampled, confidence) for m in methods]
     return Difference(
@@ -191,8 +193,9 @@ def _difference(
         b=value_b,
         difference=resampled.estimate,
         interval=intervals[0],
-        percentile=intervals[1],
-        bca=intervals[2],
+        jackknife=intervals[1],
+        percentile=intervals[2],
+        bca=intervals[3],
         p_value=resampled.p_value,
         n=int(n_merged.sum()),
         n_patients=n_patients,

@@ -163,7 +163,7 @@ def _histogram_panel(
         places = [g + (index - len(bars) / 2 + 0.5) * width for g in range(len(shares))]
         handles.append(axes.bar(places, shares, width, color=colour))
     grades = rows[0]["grade"].to_list()
-    axes.set_xticks(range(len(grades)), ["unread" if g is None else str(g) for g in grades])
+    axes.set_xticks(range(len(grades)), ["×" if g is None else str(g) for g in grades])
     axes.set_ylim(0, 1)
     axes.set_title(f"{column}, {space.replace('-', '–')}")
     return handles

@@ -13,7 +13,7 @@ from rewards.types import Answer
 from rl.bench.answers import BenchRun, row_truth
 from rl.bench.metrics import Graded
 from rl.bench.planes import Plane, draw_planes, load_volume
-from rollouts.prompts import question_text
+from rollouts.prompts import answer_template, question_text
 from rollouts.volumes import VolumeError
 
 MAX_SHOWN_CHARS = 4000
@@ -117,7 +117,7 @@ def make_sample(
         example_id=example_id,
         why=why,
         category=question.category,
-        question=question_text(question),
+        question=question_text(question).removesuffix(answer_template(question)).strip(),
         grades=_grade_lines(question, truth.grades, answer_a, answer_b),
         iou_a=ious[0],
         iou_b=ious[1],

@@ -24,7 +24,7 @@ class Row:
 
     cells: tuple[str, ...]
     kind: str = "run"
-    """run | baseline | published | count."""
+    """run | baseline | published | count | plain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,6 @@ def reading_table(by_run: Mapping[str, Tables]) -> TableView:
         f"{_header(by_run)}. Unread grades and boxes count as wrong; a missing truth is left out.",
         (
             "Run",
-            "Decoding",
             "Strict",
             "Unread grades",
             "Unread boxes",
@@ -186,7 +185,8 @@ def differences_table(comparison: Comparison) -> TableView:
                 outcome(d),
                 f"{d.n:,}",
                 f"{d.n_patients:,}",
-            )
+            ),
+            "plain",
         )
         for d in shown_differences(comparison)
     ]

@@ -45,7 +45,7 @@ def named(run: BenchRun, name: str) -> BenchRun:
 def test_identical_runs_differ_by_exactly_0(weak):
     for difference in compare(weak, named(weak, "again"), QUICK).differences:
         assert difference.difference == 0
-        for interval in (difference.interval, difference.percentile, difference.bca):
+        for interval in (difference.interval, difference.jackknife, difference.percentile, difference.bca):
             assert (interval.low, interval.high) == (0, 0)
         assert difference.p_value == 1
         assert outcome(difference) == "no difference shown"

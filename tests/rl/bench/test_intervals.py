@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap, norm
+from scipy.stats import bootstrap, norm, sem
+from scipy.stats import t as student_t
 
 from rl.bench.endpoints import Endpoint, cell_weights, value
 from rl.bench.intervals import (
@@ -16,6 +17,7 @@ from rl.bench.intervals import (
     bca_interval,
     bootstrap_t_interval,
     bootstrap_weights,
+    jackknife_t_interval,
     percentile_interval,
     resample,
 )
@@ -72,13 +74,14 @@ def test_the_patient_bootstrap_holds_its_level_where_item_resampling_does_not():
 @pytest.mark.parametrize("patients", [20, 40])
 def test_balanced_accuracy_is_covered_with_few_patients(patients):
     rng = np.random.default_rng(patients)
-    worlds, covered = 300, 0
+    worlds, covered = 300, np.zeros(2)
     for world in range(worlds):
         n, d = null_world(rng, patients)
         (result,) = resample(n, d, [balanced(6, 3)], 400, seed=world)
-        interval = bootstrap_t_interval(result, 0.95)
-        covered += interval.low <= 0 <= interval.high
-    assert 0.92 <= covered / worlds <= 0.99
+        for i, method in enumerate((bootstrap_t_interval, jackknife_t_interval)):
+            interval = method(result, 0.95)
+            covered[i] += interval.low <= 0 <= interval.high
+    assert ((covered / worlds >= 0.92) & (covered / worlds <= 0.99)).all()
 
 
 def test_a_mean_gets_the_intervals_scipy_gives_it():
@@ -91,6 +94,13 @@ def test_a_mean_gets_the_intervals_scipy_gives_it():
         theirs = bootstrap((values,), np.mean, n_resamples=20_000, method=method, rng=1).confidence_interval
         mine = ours(result, 0.95)
         assert (mine.low, mine.high) == pytest.approx((theirs.low, theirs.high), abs=0.003)
+
+
+def test_the_jackknife_of_a_mean_is_the_t_interval_of_the_textbook():
+    values = np.random.default_rng(0).gamma(1.0, 0.2, size=60)
+    (result,) = resample(np.ones((60, 1)), values[:, None], [micro(1)], 10, seed=0)
+    mine = jackknife_t_interval(result, 0.95)
+    assert (mine.low, mine.high) == pytest.approx(student_t.interval(0.95, 59, values.mean(), sem(values)))
 
 
 def test_each_draw_is_the_estimate_on_the_drawn_patients():

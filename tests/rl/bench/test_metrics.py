@@ -5,21 +5,29 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import polars as pl
 import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score
 
 from rewards.boxes import Box3D
+from rewards.functions.box_iou import box_iou
+from rewards.functions.moaks_accuracy import moaks_accuracy
 from rewards.ontology import QUESTIONS
-from rewards.reading import format_answer
+from rewards.reading import format_answer, read_answer
 from rewards.types import Truth
-from rl.bench.answers import answer_row, make_run
-from rl.bench.endpoints import CATEGORIES, MEASURES, OVERALL, TABLE2_COLUMNS, TABLE3_COLUMNS
+from rl.bench.answers import answer_row, make_run, row_truth
+from rl.bench.endpoints import CATEGORIES, OVERALL, TABLE2_COLUMNS, TABLE3_COLUMNS
 from rl.bench.metrics import grade_histogram, grade_run, tables
 
 
 @pytest.fixture(scope="module")
 def graded(examples, answered):
     return grade_run(answered(examples(12, range(1, 70)), "SFT", 0.6, seed=3, broken=0.05))
+
+
+@pytest.fixture(scope="module")
+def values(graded):
+    return tables(graded).values
 
 
 UNREAD = -1
@@ -46,18 +54,36 @@ def test_accuracies_agree_with_scikit_learn(graded, column):
     assert values["balanced_accuracy"] == pytest.approx(np.mean([balanced_accuracy_score(*p) for p in pairs]))
 
 
-def test_the_pooled_form_is_recall_per_grade_of_a_grade_space(graded):
+def test_the_pooled_form_is_recall_per_grade_of_a_grade_space(graded, values):
     truth, predicted = (np.concatenate(x) for x in zip(*by_attribute(graded, "BML"), strict=True))
     recalls = recall_score(truth, predicted, average=None, labels=[0, 1, 2, 3])
-    assert tables(graded).values["balanced_accuracy_pooled"]["BML"].value == pytest.approx(np.mean(recalls))
+    assert values["balanced_accuracy_pooled"]["BML"].value == pytest.approx(np.mean(recalls))
 
 
-def test_mean_iou_is_taken_over_the_items_of_a_structure(graded):
+def test_mean_iou_is_taken_over_the_items_of_a_structure(graded, values):
     items = graded.items
     for structure in TABLE3_COLUMNS:
         expected = items.filter(items["table3_column"] == structure)["iou"].mean()
-        assert tables(graded).values["iou"][structure].value == pytest.approx(expected)
-    assert tables(graded).values["iou"][OVERALL].value == pytest.approx(items["iou"].mean())
+        assert values["iou"][structure].value == pytest.approx(expected)
+    assert values["iou"][OVERALL].value == pytest.approx(items["iou"].mean())
+
+
+def test_boxes_and_grades_score_as_in_the_reward(examples, answered):
+    """The trainer's own reward functions, called on the same answers, give the benchmark's numbers."""
+    run = answered(examples(4, range(1, 70)), "SFT", 0.6, broken=0.05)
+    graded = grade_run(run)
+    right = graded.attributes.group_by("example_id", maintain_order=True).agg(pl.col("correct").mean())[
+        "correct"
+    ]
+    for row, overlap, share in zip(
+        run.answers.iter_rows(named=True), graded.items["iou"], right, strict=True
+    ):
+        answer = read_answer(
+            row["completion"], QUESTIONS[row["question_id"]], mode="strict", reasoning="required"
+        )
+        truth = row_truth(row)
+        assert box_iou(answer=answer, truth=truth) == overlap
+        assert moaks_accuracy(answer=answer, truth=truth) == pytest.approx(share)
 
 
 def one_item_run(meta, example, completion, reader="strict", finish_reason="stop"):
@@ -133,7 +159,6 @@ def test_the_header_names_test_file_question_set_reader_and_size(graded):
         "test.json",
         "69 questions (1-69)",
         "strict reader",
-        "greedy",
         "1,656 items of 12 patients",
     ):
         assert words in header

@@ -1,0 +1,215 @@
+"""The report: self-contained, safe with hostile completions, and complete."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from html.parser import HTMLParser
+
+import nibabel
+import numpy as np
+import polars as pl
+import pytest
+
+from rl.bench.answers import BenchRun, make_run
+from rl.bench.baselines import BASELINE_MODEL, baseline_rows, fit_baselines
+from rl.bench.compare import compare, verdict
+from rl.bench.figures import MetricsError, grade_histograms, read_metrics, reward_curves
+from rl.bench.metrics import grade_histogram, grade_run
+from rl.bench.report import write_report
+from rl.bench.samples import choose
+from rl.config import CompareConfig
+
+QUICK = CompareConfig(bootstrap_draws=500)
+IDS = [1, 16, 30, 42, 44, 60]
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'</pre>{{ 7*7 }}"
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, and all text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.words += data
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, examples, answered, meta):
+    """A report of four runs, one with hostile completions, on volumes of which one is missing."""
+    folder = tmp_path_factory.mktemp("report")
+    test = []
+    for example in examples(6, IDS):
+        path = folder / f"{example.volume.volume_id}.nii.gz"
+        if example.patient_id != "p001" and not path.exists():
+            voxels = np.random.default_rng(0).random((48, 40, 16)).astype(np.float32)
+            nibabel.save(nibabel.Nifti1Image(voxels, np.diag([1.5, 1.5, 4.0, 1.0])), path)
+        test.append(
+            dataclasses.replace(example, volume=dataclasses.replace(example.volume, image_path=str(path)))
+        )
+    sft = answered(test, "SFT", 0.4, seed=1)
+    hostile = pl.when(pl.int_range(pl.len()) % 2 == 0).then(pl.lit(HOSTILE)).otherwise("completion")
+    sft = BenchRun(sft.meta, sft.answers.with_columns(completion=hostile))
+    grpo = answered(test, "GRPO", 0.8, seed=2)
+    baseline = make_run(
+        baseline_rows(fit_baselines(examples(6, IDS, seed=5)), test, "strict", "required"),
+        dataclasses.replace(meta("Baseline", IDS), model=BASELINE_MODEL, decoding={}),
+    )
+    runs = {"Base": answered(test, "Base", 0.1), "SFT": sft, "GRPO": grpo, "Baseline": baseline}
+    log = folder / "metrics.jsonl"
+    records = [
+        {"step": s, "reward": s / 9, "reward/box_iou": s / 10, "kl": None, "loss": 0.1} for s in range(8)
+    ]
+    log.write_text("".join(json.dumps(r) + "\n" for r in records))
+    comparison = compare(sft, grpo, QUICK)
+    path = write_report(folder / "out", runs, comparison, log)
+    return path, runs, comparison
+
+
+@pytest.fixture(scope="module")
+def page(built):
+    return Page(built[0].read_text())
+
+
+def test_the_verdict_comes_first(built, page):
+    assert verdict(built[2]) in page.words
+    assert page.words.index(verdict(built[2])[:40]) < page.words.index("Table 2: accuracy")
+
+
+def test_tables_show_runs_baselines_and_published_rows(page):
+    for words in (
+        *("Base", "SFT", "GRPO", "Baseline (train-majority grade)", "Baseline (train-mean box)"),
+        *(
+            "Paper: Qwen2.5VL-3B, SFT without CoT",
+            "Paper: Med3DVLM",
+            "as published, test file and weighting unknown",
+        ),
+        *("test.json", "6 questions (1, 16, 30, 42, 44, 60)", "strict reader", "72 items of 6 patients"),
+    ):
+        assert words in page.words
+
+
+def test_an_empty_column_is_printed_as_empty(page):
+    assert "empty" in page.words
+
+
+def test_hostile_completions_stay_text(built, page):
+    html = built[0].read_text()
+    assert "<script" not in html
+    assert "&lt;script&gt;alert(1)" in html
+    assert HOSTILE in page.words
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+
+
+def test_nothing_is_fetched_from_anywhere(built, page):
+    html = built[0].read_text()
+    assert "http://" not in html
+    assert "https://" not in html
+    for tag, attributes in page.elements:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base")
+        for name in ("src", "href"):
+            assert (attributes.get(name) or "data:").startswith(("data:", "#"))
+
+
+def test_samples_show_three_planes_or_say_why_not(page):
+    samples = sum(tag == "article" for tag, _ in page.elements)
+    drawings = sum(tag == "svg" for tag, _ in page.elements)
+    assert 4 <= samples <= 6
+    assert drawings % 3 == 0
+    assert 0 < drawings <= 3 * samples
+    assert any(
+        "truth" in (attributes.get("class") or "") for tag, attributes in page.elements if tag == "rect"
+    )
+
+
+def test_the_report_is_small(built):
+    assert built[0].stat().st_size < 10e6
+
+
+def test_a_missing_volume_costs_only_its_images(built, tmp_path):
+    _, runs, comparison = built
+    gone = {
+        name: BenchRun(run.meta, run.answers.with_columns(image_path=pl.lit("/nowhere/v.nii.gz")))
+        for name, run in runs.items()
+    }
+    words = Page(write_report(tmp_path, gone, comparison).read_text()).words
+    assert "No images: volume /nowhere/v.nii.gz does not exist" in words
+    assert "Training of" not in words
+
+
+def test_results_json_holds_every_number(built):
+    results = json.loads((built[0].parent / "results.json").read_text())
+    assert results["runs"]["GRPO"]["values"]["accuracy"]["Periarticular"] == {"value": None, "n": 0}
+    assert len(results["comparison"]["differences"]) == len(built[2].differences)
+    assert results["verdict"] == verdict(built[2])
+
+
+def test_tables_md_is_a_github_table(built):
+    text = (built[0].parent / "tables.md").read_text()
+    assert "## Table 3: mean IoU of boxes" in text
+    assert "| Run | Patella | Femur |" in text
+
+
+def test_no_temporary_file_is_left(built):
+    assert sorted(p.name for p in built[0].parent.iterdir()) == ["report.html", "results.json", "tables.md"]
+
+
+def test_the_same_input_gives_the_same_page(built, tmp_path):
+    path, runs, comparison = built
+    assert (
+        write_report(tmp_path, runs, comparison, path.parent.parent / "metrics.jsonl").read_text()
+        == path.read_text()
+    )
+
+
+def test_a_compared_run_that_is_not_given_is_named(built, tmp_path):
+    _, runs, comparison = built
+    with pytest.raises(ValueError, match="about run 'SFT', which is not among"):
+        write_report(tmp_path, {"GRPO": runs["GRPO"]}, comparison)
+
+
+def test_runs_on_other_items_do_not_share_a_table(built, tmp_path, examples, answered):
+    _, runs, comparison = built
+    with pytest.raises(ValueError, match="runs on the same items"):
+        write_report(tmp_path, {**runs, "other": answered(examples(2, [1]), "other", 0.5)}, comparison)
+
+
+def test_samples_are_chosen_by_rule_and_from_different_volumes(built):
+    graded = [grade_run(built[1][name]) for name in ("SFT", "GRPO")]
+    chosen = choose(*graded)
+    assert chosen == choose(*graded)
+    volumes = graded[0].items.filter(pl.col("example_id").is_in(list(chosen)))["volume_id"]
+    assert volumes.n_unique() == len(chosen) == 6
+
+
+def test_a_step_logged_twice_counts_once_and_a_cut_last_line_is_left_out(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text(
+        '{"step": 1, "reward": 0.1}\n{"step": 2, "reward": 0.2}\n{"step": 2, "reward": 0.3}\n{"step": 3, "re'
+    )
+    assert [(r["step"], r["reward"]) for r in read_metrics(log)] == [(1, 0.1), (2, 0.3)]
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"reward": 1}', '{"step": null}'])
+def test_a_bad_line_of_the_log_is_named(tmp_path, line):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(MetricsError, match=r"metrics\.jsonl line 2"):
+        read_metrics(log)
+
+
+def test_a_log_without_rewards_gives_no_curves():
+    assert reward_curves([]) is None
+    assert reward_curves([{"step": 1, "reward": float("nan")}]) is None
+
+
+def test_figures_are_images_that_cannot_run_scripts(built):
+    histograms = {name: grade_histogram(grade_run(built[1][name])) for name in ("SFT", "GRPO")}
+    assert grade_histograms(histograms).startswith("data:image/svg+xml;base64,")
