@@ -1,0 +1,206 @@
+"""Does GRPO beat SFT on held-out phantom patients? Three seeds, two control arms, every figure as it came out.
+
+    python benchmarks/evidence.py [--config configs/demo.yaml] [--seeds 0 1 2] [--out runs/evidence] [key=value ...]
+
+One dataset and one embedding cache for all seeds. For each seed: SFT until validation stops improving, GRPO, SFT
+continued for GRPO's wall-clock, SFT on the best of G samples in the same wall-clock; then the benchmark for all arms
+and the baselines, and paired comparisons with SFT and with the baselines. Finished parts are skipped when it is run
+again. Writes docs/evidence.md and docs/evidence.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+
+from rl.bench.answers import BenchRun, read_run
+from rl.bench.compare import Comparison, Difference, compare, outcome, seed_summary, signed
+from rl.bench.metrics import grade_run, tables
+from rl.config import Config, load_config
+from rl.config_check import validate
+from rl.controls import BEST_OF_G, SFT_CONTINUED, continue_sft, grpo_seconds, train_on_best_of_g
+from rl.engine import start_engine
+from rl.evaluate import evaluate
+from rl.pipeline import BASELINE, GRPO, SFT, STAGES, read_runs
+from rl.progress import StageProgress
+from rl.stages import run_stage
+
+ENDPOINTS = (("balanced_accuracy", "balanced accuracy"), ("iou", "mean IoU"))
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args()
+    shared = [f"data.root={options.out}/data", f"embed.cache_dir={options.out}/cache", *options.overrides]
+    runs = {}
+    for seed in options.seeds:
+        config = load_config(options.config, [*shared, f"seed={seed}", f"run_dir={options.out}/seed-{seed}"])
+        validate(config)
+        runs[seed] = arms_of_seed(config)
+    write_evidence(config, runs)
+
+
+def arms_of_seed(config: Config) -> dict[str, BenchRun]:
+    """Train and evaluate every arm of one seed; what is there already is kept."""
+    for name in ("phantom", "embed", "sft", "grpo", "eval"):
+        run_stage(config, STAGES[name])
+    folder = Path(config.run_dir) / "eval"
+    seconds = grpo_seconds(config)
+    with StageProgress(f"seed {config.seed}: control arms") as progress:
+        if not (folder / SFT_CONTINUED / "run.json").exists():
+            adapter = continue_sft(config, seconds)
+            _evaluate(config, SFT_CONTINUED, adapter, folder, progress)
+        if not (folder / BEST_OF_G / "run.json").exists():
+            engine = start_engine(config)
+            try:
+                adapter = train_on_best_of_g(config, engine, seconds)
+            finally:
+                engine.close()
+            _evaluate(config, BEST_OF_G, adapter, folder, progress)
+    controls = {name: read_run(folder / name) for name in (SFT_CONTINUED, BEST_OF_G)}
+    return {**read_runs(config), **controls}
+
+
+def _evaluate(config: Config, name: str, adapter: Path, folder: Path, progress: StageProgress) -> None:
+    engine = start_engine(deepcopy(config))
+    try:
+        evaluate(
+            config,
+            engine,
+            name,
+            adapter,
+            folder / name,
+            lambda done, total: progress.update(done, total, name),
+        )
+    finally:
+        engine.close()
+
+
+def write_evidence(config: Config, runs: Mapping[int, Mapping[str, BenchRun]]) -> None:
+    """The tables and their numbers."""
+    comparisons = {
+        (seed, a, b): compare(arms[a], arms[b], config.compare, seed=0)
+        for seed, arms in runs.items()
+        for a, b in [(SFT, GRPO), (SFT, SFT_CONTINUED), (SFT, BEST_OF_G), (BASELINE, SFT), (BASELINE, GRPO)]
+    }
+    first = next(iter(comparisons.values()))
+    lines = [
+        "# Evidence: GRPO against SFT on held-out phantom patients",
+        "",
+        "Written by `make evidence`; nothing here is edited by hand.",
+        "",
+        f"Command: `{' '.join(['python', *sys.argv])}` on {platform.processor() or platform.machine()}, "
+        f"{first.n_items:,} items of {first.n_patients} held-out patients ({first.b.split_file}, "
+        f"{first.b.question_set}, {first.b.reader} reader, {first.b.decoding_words}).",
+        "",
+        *_levels(runs),
+        *_differences(comparisons),
+        *_over_seeds(comparisons),
+    ]
+    DOCS.mkdir(exist_ok=True)
+    (DOCS / "evidence.md").write_text("\n".join(lines), encoding="utf-8")
+    figures = [_figures(key, comparison) for key, comparison in comparisons.items()]
+    (DOCS / "evidence.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+def _levels(runs: Mapping[int, Mapping[str, BenchRun]]) -> list[str]:
+    rows = [
+        "## Every arm, every seed",
+        "",
+        "| seed | arm | balanced accuracy | mean IoU | accuracy | strict |",
+        "|---|---|---|---|---|---|",
+    ]
+    for seed, arms in runs.items():
+        for name, run in arms.items():
+            table = tables(grade_run(run))
+            cells = " | ".join(
+                f"{table.values[measure]['Overall'].value:.3f}"
+                for measure in ("balanced_accuracy", "iou", "accuracy", "strict")
+            )
+            rows.append(f"| {seed} | {name} | {cells} |")
+    return [*rows, ""]
+
+
+def _differences(comparisons: Mapping[tuple[int, str, str], Comparison]) -> list[str]:
+    rows = [
+        "## Paired differences",
+        "",
+        "95 % bootstrap-t intervals over patients.",
+        "",
+        "| seed | comparison | endpoint | difference | interval | outcome |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (seed, a, b), comparison in comparisons.items():
+        for measure, words in ENDPOINTS:
+            d = comparison.get(measure)
+            if d is not None:
+                rows.append(
+                    f"| {seed} | {b} − {a} | {words} | {signed(d.difference)} | {_interval(d)} | {outcome(d)} |"
+                )
+    return [*rows, ""]
+
+
+def _over_seeds(comparisons: Mapping[tuple[int, str, str], Comparison]) -> list[str]:
+    rows = [
+        "## Over seeds",
+        "",
+        "Mean difference with a t interval over seeds (df = seeds − 1).",
+        "",
+        "| comparison | endpoint | mean | interval | by seed |",
+        "|---|---|---|---|---|",
+    ]
+    for a, b in dict.fromkeys((a, b) for _, a, b in comparisons):
+        summaries = seed_summary([c for (_, x, y), c in comparisons.items() if (x, y) == (a, b)])
+        for measure, words in ENDPOINTS:
+            for s in summaries:
+                if (s.measure, s.column) == (measure, "Overall"):
+                    interval = (
+                        f"{signed(s.interval.low)} to {signed(s.interval.high)}" if s.interval else "one seed"
+                    )
+                    seeds = ", ".join(signed(x) for x in s.differences)
+                    rows.append(f"| {b} − {a} | {words} | {signed(s.mean)} | {interval} | {seeds} |")
+    return [*rows, ""]
+
+
+def _interval(d: Difference) -> str:
+    return f"{signed(d.interval.low)} to {signed(d.interval.high)}"
+
+
+def _figures(key: tuple[int, str, str], comparison: Comparison) -> dict[str, object]:
+    seed, a, b = key
+    found = {m: comparison.get(m) for m, _ in ENDPOINTS}
+    return {
+        "seed": seed,
+        "a": a,
+        "b": b,
+        "n_items": comparison.n_items,
+        "n_patients": comparison.n_patients,
+        **{
+            m: {
+                "a": d.a,
+                "b": d.b,
+                "difference": d.difference,
+                "low": d.interval.low,
+                "high": d.interval.high,
+            }
+            for m, d in found.items()
+            if d is not None
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()
