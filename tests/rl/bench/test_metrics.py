@@ -16,7 +16,7 @@ from rewards.ontology import QUESTIONS
 from rewards.reading import format_answer, read_answer
 from rewards.types import Truth
 from rl.bench.answers import answer_row, make_run, row_truth
-from rl.bench.endpoints import CATEGORIES, OVERALL, TABLE2_COLUMNS, TABLE3_COLUMNS
+from rl.bench.endpoints import CATEGORIES, GRADE_MEASURES, OVERALL, TABLE2_COLUMNS, TABLE3_COLUMNS
 from rl.bench.metrics import grade_histogram, grade_run, tables
 
 
