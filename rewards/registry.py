@@ -14,6 +14,7 @@ randomness, no clock.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.util
 import inspect
 import sys
@@ -106,7 +107,7 @@ def _register(scope: Scope, kind: Kind) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         spec = _inspect(function, scope, kind)
         known = _REGISTRY.get(spec.name)
-        if known is not None and _file_of(known.function) != _file_of(function):
+        if known is not None and not _replaces(function, known.function):
             raise ValueError(
                 f"a reward named {spec.name!r} is already registered by {_file_of(known.function)}; "
                 f"rename the one in {_file_of(function)}"
@@ -141,8 +142,10 @@ def _inspect(function: Callable[..., Any], scope: Scope, kind: Kind) -> RewardSp
 def _from_file(path: Path, function_name: str) -> RewardSpec:
     if not path.is_file():
         raise FileNotFoundError(f"reward file {path} does not exist (looked in {Path.cwd()})")
-    # one module per file, so that two rewards of one file share its state and it runs once
-    module_name = f"rewards_user_{path.resolve().as_posix().replace('/', '_').replace('.', '_')}"
+    # one module per version of a file: two rewards of one file share its state and it runs once, and a file that
+    # was edited since (from a notebook, say) is loaded anew
+    version = hashlib.blake2b(path.read_bytes(), digest_size=4).hexdigest()
+    module_name = f"rewards_user_{path.resolve().as_posix().replace('/', '_').replace('.', '_')}_{version}"
     if module_name not in sys.modules:
         module_spec = importlib.util.spec_from_file_location(module_name, path)
         assert module_spec is not None
@@ -164,6 +167,12 @@ def _from_file(path: Path, function_name: str) -> RewardSpec:
         raise ValueError(f"{path}: {function_name} is not a reward yet; put @reward above it")
     names = [spec.name for spec in _REGISTRY.values() if spec.function.__module__ == module_name]
     raise ValueError(f"{path} has no function {function_name!r}; its rewards: {', '.join(names) or 'none'}")
+
+
+def _replaces(new: Callable[..., Any], old: Callable[..., Any]) -> bool:
+    """Whether `new` is another version of `old`: of the same file, or typed again in the same notebook."""
+    typed = new.__module__ == old.__module__ == "__main__"
+    return typed or _file_of(new) == _file_of(old)
 
 
 def _file_of(function: Callable[..., Any]) -> str:

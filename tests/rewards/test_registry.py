@@ -78,6 +78,24 @@ def test_a_function_of_a_file_is_loaded_once_and_found_again(tmp_path: Path) -> 
     assert find_reward("loud") is spec
 
 
+def test_a_file_that_was_edited_is_loaded_anew(tmp_path: Path) -> None:
+    text = "from rewards import reward\n\n@reward\ndef mine(completion):\n    return 0.25\n"
+    path = write(tmp_path / "mine.py", text)
+    assert find_reward(f"{path}:mine").function("") == 0.25
+    write(path, text.replace("0.25", "0.75"))
+    assert find_reward(f"{path}:mine").function("") == 0.75
+
+
+def test_a_notebook_may_define_its_reward_again() -> None:
+    """Every cell is a file of its own to Python, so the name alone would clash with the cell's first version."""
+    for number in (1, 2):
+        source = f"@reward\ndef draft(completion):\n    return {number} / 4\n"
+        exec(compile(source, f"cell-{number}.py", "exec"), {"__name__": "__main__", "reward": reward})
+    assert find_reward("draft").function("") == 0.5
+    with pytest.raises(ValueError, match="'box_iou' is already registered"):
+        exec("@reward\ndef box_iou(answer):\n    return 1.0\n", {"__name__": "__main__", "reward": reward})
+
+
 def test_a_file_that_fails_is_not_half_loaded(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.py", "1 / 0\n")
     with pytest.raises(ZeroDivisionError):
