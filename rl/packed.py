@@ -86,12 +86,16 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The batch on another device."""
-
-        moved = {
-            name: value.to(device) if isinstance(value, torch.Tensor | Layout) else value
-            for name, value in vars(self).items()
-        }
-        return PackedBatch(**moved)
+        return PackedBatch(
+            input_ids_L=self.input_ids_L.to(device),
+            positions_3_L=self.positions_3_L.to(device),
+            features_V_H=None if self.features_V_H is None else self.features_V_H.to(device),
+            visual_V=self.visual_V.to(device),
+            layout=self.layout.to(device),
+            predictors_N_T=self.predictors_N_T.to(device),
+            targets_N_T=self.targets_N_T.to(device),
+            mask_N_T=self.mask_N_T.to(device),
+        )
 
 
 def pack(roots: Sequence[Node], visual_token_id: int) -> PackedBatch:

@@ -94,7 +94,7 @@ def train_jointly(
     hook = language.layers[len(language.layers) // 2 - 1].register_forward_hook(
         lambda module, args, output: middle.append(output[0] if isinstance(output, tuple) else output)
     )
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [*language.parameters(), *heads.parameters()], "lr": learning_rate},
         {"params": list(visual.parameters()), "lr": tower_learning_rate},
     ]
