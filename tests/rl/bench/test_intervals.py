@@ -55,10 +55,10 @@ def null_world(rng, patients, attributes=6, shares=(0.6, 0.2, 0.2), visits=2):
 def test_the_patient_bootstrap_holds_its_level_where_item_resampling_does_not():
     """Under no difference the 95 % interval excludes 0 in about 5 % of worlds; ignoring patients, far more often."""
     rng = np.random.default_rng(0)
-    worlds, rejected, p_below, naive = 300, 0, 0, 0
+    worlds, rejected, p_below, naive = 200, 0, 0, 0
     for world in range(worlds):
         n, d = null_world(rng, 40)
-        (result,) = resample(n, d, [micro(18)], 400, seed=world)
+        (result,) = resample(n, d, [micro(18)], 300, seed=world)
         interval = bootstrap_t_interval(result, 0.95)
         rejected += not interval.low <= 0 <= interval.high
         p_below += result.p_value <= 0.05
@@ -74,10 +74,10 @@ def test_the_patient_bootstrap_holds_its_level_where_item_resampling_does_not():
 @pytest.mark.parametrize("patients", [20, 40])
 def test_balanced_accuracy_is_covered_with_few_patients(patients):
     rng = np.random.default_rng(patients)
-    worlds, covered = 300, np.zeros(2)
+    worlds, covered = 200, np.zeros(2)
     for world in range(worlds):
         n, d = null_world(rng, patients)
-        (result,) = resample(n, d, [balanced(6, 3)], 400, seed=world)
+        (result,) = resample(n, d, [balanced(6, 3)], 300, seed=world)
         for i, method in enumerate((bootstrap_t_interval, jackknife_t_interval)):
             interval = method(result, 0.95)
             covered[i] += interval.low <= 0 <= interval.high
