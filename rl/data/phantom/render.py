@@ -22,12 +22,12 @@ from rl.data.phantom.labels import (
     BONE_REGIONS,
     CARTILAGE_REGIONS,
     LABELS,
-    MENISCUS_SEGMENTS,
     QUESTION_REGIONS,
 )
 from rl.data.phantom.template import (
     CARTILAGE_MM,
     EXTRUSION_MM,
+    NOTCH_MM,
     Template,
     ball,
     build_template,
@@ -49,7 +49,7 @@ EFFUSION_SHARE = (0.06, 0.33, 0.63, 0.95)
 """Share of the region that is bright, by grade."""
 
 _MAY_HIDE = np.ones(256, bool)
-_MAY_HIDE[[LABELS[name] for name in (*BONE_REGIONS, *MENISCUS_SEGMENTS)]] = False
+_MAY_HIDE[[LABELS[name] for name in BONE_REGIONS]] = False
 _MAY_HIDE[[LABELS[f"{name} cartilage"] for name in CARTILAGE_REGIONS]] = False
 """By label: whether a cyst may be painted over it."""
 
@@ -188,9 +188,12 @@ class _Painter:
         defect, full = place.cartilage_lesion(
             along, side, grades[SIZE_OF_DEFECT], grades[DEPTH_OF_DEFECT], rng
         )
-        self.map.ravel()[index[defect]] = CARTILAGE_PARTIAL
-        self.image.ravel()[index[defect & (height > 0.4 * CARTILAGE_MM)]] = tissue.FLUID
+        # Fluid fills what is lost of the outer layer, dark bone shows where the inner layer is lost too: the bright
+        # area is the size, the dark one the depth.
+        outer = height > 0.45 * CARTILAGE_MM
+        self._set(index[defect], CARTILAGE_PARTIAL, tissue.CARTILAGE)
         self._set(index[full], CARTILAGE_FULL, tissue.BARE_BONE)
+        self.image.ravel()[index[defect & outer]] = tissue.FLUID
 
     def _osteophyte(self, question_id: int, grade: int) -> None:
         if not grade:
@@ -198,7 +201,7 @@ class _Painter:
         site = QUESTIONS[question_id].region
         index = self._voxels[LABELS[f"{site} osteophyte"]]
         depth = spur(self.t.grid, site, grade, self.knee.patella_shift_mm).ravel()[index]
-        self._set(index[depth < 0], OSTEOPHYTE, 0.5)
+        self._set(index[depth < 0], OSTEOPHYTE, tissue.OSTEOPHYTE)
         self.image.ravel()[index[(depth < 0) & (depth > -1.5)]] = tissue.CORTEX
 
     def _synovitis(self, question_id: int, grade: int, rng: np.random.Generator) -> None:
@@ -208,7 +211,7 @@ class _Painter:
             self._set(index[bright], HOFFA_BRIGHT, 0.75)
             return
         # fluid collects around the middle of the recess and distends it with the grade
-        reach = ((a + 41) / 9) ** 2 + ((s + 55) / 13) ** 2
+        reach = ((a + 42) / 9) ** 2 + ((s + 55) / 13) ** 2
         self._set(index[reach <= np.quantile(reach, EFFUSION_SHARE[grade])], EFFUSION, tissue.FLUID)
 
     def _morphology(self, question_id: int, kind: int) -> None:
@@ -242,14 +245,14 @@ class _Painter:
         if not grades["presence"] or grades["tear_location"] == 3:
             return
         sign, body = (-1, 45) if question_id == 54 else (1, 47)
-        rim = 47 + 0.3 * EXTRUSION_MM[self.knee.grades[body]["grade"]]
-        centre = ((-41, 2, 26 * sign), (2, 3, rim * sign), (45, 4, 26 * sign))[grades["tear_location"]]
+        rim = 46 + 0.3 * EXTRUSION_MM[self.knee.grades[body]["grade"]]
+        centre = ((-38, 2, 26 * sign), (2, 3, rim * sign), (42, 4, 26 * sign))[grades["tear_location"]]
         self._ball(centre, (7.5, 8.0, 9.0), MENISCUS_CYST, tissue.FLUID)
 
     def _ball(
         self, centre: tuple[float, float, float], axes: tuple[float, float, float], code: int, value: float
     ) -> None:
-        """Paint an ellipsoid where it does not hide bone, cartilage or meniscus regions."""
+        """Paint an ellipsoid where it does not hide subregions of bone or cartilage."""
         inside = (ball(self.t.grid, centre, axes) < 0) & _MAY_HIDE[self.t.labels]
         self.map[inside], self.image[inside] = code, value
 
@@ -260,17 +263,17 @@ class _Painter:
 
     def _ligament(self, question_id: int, grades: Mapping[str, int]) -> None:
         name = "ACL" if question_id == 60 else "PCL"
-        sign = 1 if question_id == 60 else -1
         if grades["Complete Tear"]:
             self._fill(name, LIGAMENT_TEAR, 0.95, middle=("a", 0.36))
         if grades["Associated with BML/cyst at site of insertion or origin"]:
-            centre = (3.0, -31.0, 4.0) if question_id == 60 else (-3.0, -25.0, -5.0)
-            self._ball(centre, (6.0, 6.0, 6.0), LIGAMENT_BML, 0.95)
-        if grades.get("ACL Repair"):
-            t = self.t
-            tunnel = (np.abs(t.grid.a - 18) < 4.5) & (t.grid.s < -18) & (t.grid.s > -50)
-            where = tunnel & (t.grid.l * sign > 0) & (t.grid.l * sign < 9)
-            self.map[where], self.image[where] = ACL_GRAFT, 0.0
+            centre = (24.0, -25.0, 4.0) if question_id == 60 else (-2.0, -23.0, -5.0)
+            self._ball(centre, (7.0, 7.0, 7.0), LIGAMENT_BML, tissue.FLUID)
+        if grades.get("ACL Repair"):  # a grey graft with a dark screw in the femur
+            index, a, _, _ = self._at(name)
+            self._set(index[np.abs(_unit(a) - 0.5) > 0.2], ACL_GRAFT, 0.5)
+            g = self.t.grid
+            screw = (np.abs(g.a - 8) < 4) & (g.s < -17) & (g.s > -46) & (g.l > 0) & (g.l < NOTCH_MM)
+            self.map[screw], self.image[screw] = ACL_GRAFT, 0.0
 
     def _tendon(self) -> None:
         index, _, s, _ = self._at("patellar tendon")
@@ -280,11 +283,9 @@ class _Painter:
         index, a, s, side = self._at(QUESTION_REGIONS[question_id][0])
         r = (_unit(a) - 0.5) ** 2 + (_unit(s) - 0.5) ** 2 + (_unit(side) - 0.5) ** 2
         near = r < np.quantile(r, 0.6)
-        if question_id == 69:  # loose bodies: dark bodies in a rim of fluid
-            self._set(index[near], PERIARTICULAR, tissue.FLUID)
-            self.image.ravel()[index[near & (r < np.quantile(r, 0.25))]] = 0.05
-        else:
-            self._set(index[near], PERIARTICULAR, tissue.FLUID)
+        self._set(index[near], PERIARTICULAR, tissue.FLUID)
+        if question_id == 69:  # loose bodies: a dark body in fluid
+            self.image.ravel()[index[r < np.quantile(r, 0.08)]] = tissue.CORTEX
 
 
 def _unit(values: np.ndarray) -> np.ndarray:

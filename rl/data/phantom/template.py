@@ -2,7 +2,7 @@
 
 Knee coordinates are millimetres: `a` grows towards posterior, `s` towards inferior, `l` towards lateral, the origin is
 the middle of the joint line. Sizes are exaggerated where six-millimetre slices would hide the real thing: cartilage
-is 5 mm thick, the notch two to three slices wide, each bone subregion about 23 mm in plane.
+is 6.5 mm thick, the notch two to three slices wide, each bone subregion about 23 mm in plane.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from rl.config import ConfigError
 from rl.data.phantom.anatomy import Knee
 from rl.data.phantom.labels import BONE_REGIONS, LABELS, OSTEOPHYTE_SITES
 
-CARTILAGE_MM = 5.0
+CARTILAGE_MM = 6.5
+MARGIN_MM = 2.5
+"""The joint lies this far behind the middle of the field, which leaves room for the patella."""
 NOTCH_MM = 9.0
 """Half width of the intercondylar notch."""
+PATELLA_MM = 56.0
+"""How far the middle of the patella lies in front of the origin."""
 RIM_MM = 41.0
 """Half width of femur and tibia at the joint line."""
-PLATEAU_MM = 14.0
+PLATEAU_MM = 16.0
 """Height of the tibial plateau (bone surface) below the origin."""
 FEMUR_CUTS_MM = (-11.0, 13.0)
 TIBIA_CUTS_MM = (-9.0, 13.0)
@@ -30,10 +34,10 @@ OSTEOPHYTE_PLACES: dict[str, tuple[float, float, float]] = dict(
     zip(
         OSTEOPHYTE_SITES,
         (
-            (-54, -42, 0), (-52, -4, 0), (-54, -23, -23), (-54, -23, 23),
+            (-56, -42, 0), (-54, -4, 0), (-56, -23, -23), (-56, -23, 23),
             (-30, -43, -22), (2, -14, -RIM_MM), (34, -36, -24),
             (-30, -43, 22), (2, -14, RIM_MM), (34, -36, 24),
-            (2, 23, -RIM_MM), (2, 23, RIM_MM),
+            (2, 26, -RIM_MM), (2, 26, RIM_MM),
         ),
         strict=True,
     )
@@ -45,7 +49,7 @@ OSTEOPHYTE_MM = (0.0, 4.5, 8.0, 12.0)
 RIM_SPUR_MM = (0.0, 8.0, 10.0, 13.0)
 """Protrusion of a rim spur across slices by grade."""
 
-EXTRUSION_MM = (0.0, 2.8, 4.8, 9.0)
+EXTRUSION_MM = (0.0, 2.9, 4.9, 9.0)
 """Displacement of a meniscus segment by grade (MOAKS: under 2, 2-3, 3-5, over 5 mm)."""
 
 
@@ -83,7 +87,7 @@ def make_grid(knee: Knee, shape: tuple[int, int, int], fov_mm: tuple[float, floa
         for n, fov in zip(shape, fov_mm, strict=True)
     )
     da, ds, dl = knee.translation_mm
-    x, y = x[:, None, None] - da, y[None, :, None] - ds
+    x, y = x[:, None, None] - da - MARGIN_MM, y[None, :, None] - ds
     angle = np.deg2rad(knee.rotation_deg)
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     # Slices run towards the patient's right: lateral on a right knee, medial on a left one.
@@ -172,7 +176,7 @@ def _tibia(grid: Grid) -> np.ndarray:
 def _patella(knee: Knee, grid: Grid) -> np.ndarray:
     shift = knee.patella_shift_mm
     r = (
-        (np.abs(grid.a + 54) / 9) ** 2.5
+        (np.abs(grid.a + PATELLA_MM) / 9) ** 2.5
         + (np.abs(grid.s + 23 - shift) / 19) ** 2.5
         + (np.abs(grid.l) / 23.5) ** 2.5
     )
@@ -218,12 +222,12 @@ def spur(grid: Grid, site: str, grade: int, patella_shift_mm: float) -> np.ndarr
 
 SOFT_REGIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "Hoffa fat pad": ((-42, 10, 0), (10, 16, 22)),
-    "joint cavity": ((-41, -55, 0), (9, 13, 24)),
+    "joint cavity": ((-42, -55, 0), (9, 13, 24)),
     "pes anserine bursa": ((-8, 44, -36), (11, 11, 8)),
     "iliotibial band": ((-20, -30, 47), (8, 15, 7)),
     "popliteal fossa": ((48, 4, -16), (10, 15, 11)),
     "infrapatellar bursa": ((-32, 36, 0), (8, 9, 14)),
-    "prepatellar bursa": ((-66, -23, 0), (6, 14, 16)),
+    "prepatellar bursa": ((-68, -23, 0), (6, 14, 16)),
     "proximal tibiofibular recess": ((8, 48, 38), (9, 11, 8)),
     "posterior recess": ((43, -24, 12), (9, 11, 14)),
 }
@@ -232,7 +236,7 @@ SOFT_REGIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, fl
 
 def patellar_tendon(grid: Grid, shift: float) -> np.ndarray:
     """Signed in-plane distance to the patellar tendon."""
-    return band(grid, ((-57, -6 + shift), (-36, 44)), 8.0)
+    return band(grid, ((-59, -6 + shift), (-36, 46)), 8.0)
 
 
 def acl(grid: Grid) -> np.ndarray:
@@ -290,7 +294,9 @@ def _label_cartilage(t: Template) -> None:
     front, back = TIBIA_ENDS_MM
     shell &= (g.a > front + 1) & (g.a < back - 1)
     tibia_parts = (shell & (g.a < low), shell & (g.a >= low) & (g.a < high), shell & (g.a >= high))
-    patella_part = (t.patella > 0) & (t.patella <= CARTILAGE_MM) & (g.a > -50) & (t.femur > 1) & (side < 22)
+    patella_part = (
+        (t.patella > 0) & (t.patella <= CARTILAGE_MM) & (g.a > 4 - PATELLA_MM) & (t.femur > 1) & (side < 22)
+    )
     parts = (patella_part, *femur_parts, *tibia_parts)
     names = BONE_REGIONS
     medial_names = (names[0], *names[2:5], *names[8:11])
@@ -320,10 +326,10 @@ def meniscus_segments(
     """
     a, s, side = t.grid.a, t.grid.s, t.grid.l * sign
     low, high = -12.0, 15.0
-    wedge = (t.femur > CARTILAGE_MM) & (t.tibia > CARTILAGE_MM - 1) & (s < PLATEAU_MM - CARTILAGE_MM + 1)
-    wedge &= s > (-10.0 if tall else -3.0)
+    wedge = (t.femur > CARTILAGE_MM) & (t.tibia > CARTILAGE_MM - 1) & (s < PLATEAU_MM - CARTILAGE_MM + 0.5)
+    wedge &= s > (-15.0 if tall else -5.0)
     inner_a = np.where(side > 28, low, low - anterior_mm / 2)
-    inner_l = np.where((a > low + 6) & (a < high - 6), 29 + body_mm / 2, 29)
+    inner_l = np.where((a > low + 6) & (a < high - 6), 26 + body_mm / 2, 26)
     return {
         "anterior": wedge & (side > NOTCH_MM - 2) & (side < 37) & (a < inner_a) & (a > -32 - anterior_mm),
         "body": wedge & (side > inner_l) & (side < RIM_MM + body_mm) & (a >= low) & (a < high),

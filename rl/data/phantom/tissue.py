@@ -11,11 +11,20 @@ from scipy import ndimage
 
 from rl.data.phantom.anatomy import Knee
 from rl.data.phantom.labels import LABELS
-from rl.data.phantom.template import EXTRUSION_MM, RIM_MM, SOFT_REGIONS, Grid, Template, band
+from rl.data.phantom.template import (
+    EXTRUSION_MM,
+    NOTCH_MM,
+    PATELLA_MM,
+    RIM_MM,
+    SOFT_REGIONS,
+    Grid,
+    Template,
+    band,
+)
 
-AIR, SKIN, FAT, MUSCLE, VESSEL, JOINT = 0.01, 0.5, 0.27, 0.42, 0.58, 0.5
-MARROW, CORTEX, CARTILAGE, MENISCUS, LIGAMENT, HOFFA = 0.34, 0.06, 0.66, 0.06, 0.12, 0.26
-BML, FLUID, BARE_BONE = 0.68, 1.0, 0.08
+AIR, SKIN, FAT, MUSCLE, VESSEL, JOINT = 0.01, 0.5, 0.27, 0.4, 1.0, 0.45
+MARROW, CORTEX, CARTILAGE, MENISCUS, LIGAMENT, HOFFA = 0.32, 0.06, 0.6, 0.06, 0.12, 0.26
+BML, FLUID, BARE_BONE, OSTEOPHYTE = 0.63, 1.05, 0.03, 0.8
 
 
 def healthy(t: Template, knee: Knee) -> np.ndarray:
@@ -48,18 +57,37 @@ def _surroundings(t: Template, knee: Knee) -> np.ndarray:
     tissue = np.where(_muscle(g) < 0, MUSCLE + 0.06 * _septa(g), FAT + 0.03 * _septa(g)).astype(np.float32)
     tissue = np.where(leg > -6, FAT, tissue)
     joint = (t.femur < 9) & (t.tibia < 9)
-    joint |= (t.femur < 8) & (t.patella < 8) & (g.a > -54)
+    joint |= (t.femur < 8) & (t.patella < 8) & (g.a > -PATELLA_MM)
     # The coronary recess around the rim: an extruded meniscus shows dark against it.
     joint |= ((g.a - 2) / 22) ** 2 + ((g.s - 3) / 10) ** 2 + ((np.abs(g.l) - RIM_MM) / 13) ** 4 < 1
     tissue = np.where(joint, JOINT, tissue)
-    quadriceps = band(g, ((-57, -40 + knee.patella_shift_mm), (-48, -80)), 7.0)
+    tissue = np.where(_perimeniscal_fluid(g, knee), FLUID, tissue)
+    quadriceps = band(g, ((-59, -40 + knee.patella_shift_mm), (-50, -80)), 7.0)
     tissue = np.where((quadriceps < 0) & (np.abs(g.l) < 16) & (t.patella > 0), LIGAMENT, tissue)
-    artery = np.hypot(g.a - 46 - 3 * np.sin(g.s / 30), g.l - 5)
-    tissue = np.where(artery < 4.2, VESSEL, np.where(artery < 5.6, 0.12, tissue))
+    # Vessels are as bright as fluid in every knee, which anchors the window whatever the lesions.
+    for a, side, radius in ((46.0, 4.0, 4.5), (36.0, -46.0, 5.0)):
+        vessel = np.hypot(g.a - a - 3 * np.sin(g.s / 30), g.l - side)
+        tissue = np.where(vessel < radius, VESSEL, np.where(vessel < radius + 1.4, LIGAMENT, tissue))
     iliotibial = np.maximum(np.abs(g.l - 46.5) - 3.2, np.abs(g.a + 16 - g.s / 6) - 9)
     tissue = np.where((iliotibial < 0) & (g.s < 24), LIGAMENT, tissue)
     tissue = np.where(leg > -1.8, SKIN, tissue)
     return np.where(leg > 0, AIR, tissue).astype(np.float32)
+
+
+def _perimeniscal_fluid(g: Grid, knee: Knee) -> np.ndarray:
+    """Fluid outside an extruded segment, a layer as thick as two thirds of the extrusion."""
+    level = (g.s > -5) & (g.s < 10)
+    fluid = np.zeros(np.broadcast_shapes(g.a.shape, g.l.shape), bool)
+    for sign, anterior, body in ((-1, 44, 45), (1, 46, 47)):
+        side = g.l * sign
+        for question_id in (anterior, body):
+            extrusion = EXTRUSION_MM[knee.grades[question_id]["grade"]]
+            if question_id == anterior:
+                beyond, along = -32 - extrusion - g.a, (side > NOTCH_MM) & (side < 37)
+            else:
+                beyond, along = side - RIM_MM - extrusion, (g.a > -12) & (g.a < 15)
+            fluid |= level & along & (beyond > -4) & (beyond < extrusion * 2 / 3)
+    return fluid
 
 
 def _leg(g: Grid) -> np.ndarray:
