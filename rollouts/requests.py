@@ -61,6 +61,8 @@ def check_request(
         )
     if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.max_tokens < 1:
         raise EngineError(f"{sampling}: needs temperature >= 0, 0 < top_p <= 1 and max_tokens >= 1")
+    if sampling.temperature == 0 and n > 1:
+        raise EngineError(f"greedy decoding gives one answer, but n={n}; set temperature > 0 or n=1")
     for features in {id(prompt.features): prompt.features for prompt in prompts}.values():
         try:
             validate_features(features, facts.hidden_size, facts.merge_size)

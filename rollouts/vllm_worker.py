@@ -6,7 +6,6 @@ after it was reported, because an engine that raised once may hang at the next r
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -138,5 +137,5 @@ def main(connection_fd: str, folder: str) -> None:
         for header, buffers in _serve(connection):
             send(connection, header, buffers)
     except Exception as error:
-        send(connection, {"error": f"{type(error).__name__}: {error}\n{traceback.format_exc()}"})
+        send(connection, {"error": f"{type(error).__name__}: {error}"})  # its traceback goes to the log
         raise

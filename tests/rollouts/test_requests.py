@@ -80,6 +80,11 @@ def test_impossible_sampling_is_refused(
         check(make_prompt(0, 0), bad)
 
 
+def test_several_greedy_samples_are_refused(check: Check, make_prompt: Callable[..., Prompt]) -> None:
+    with pytest.raises(EngineError, match="greedy decoding gives one answer, but n=2"):
+        check(make_prompt(0, 0), Sampling(temperature=0.0, max_tokens=8))
+
+
 def test_each_prompt_needs_a_seed_and_a_sample(check: Check, make_prompt: Callable[..., Prompt]) -> None:
     with pytest.raises(EngineError, match="as many seeds"):
         check(make_prompt(0, 0), seeds=[])
