@@ -13,7 +13,7 @@ import numpy as np
 
 from rl.config import ConfigError
 from rl.data.phantom.anatomy import Knee
-from rl.data.phantom.labels import BONE_REGIONS, LABELS, OSTEOPHYTE_SITES
+from rl.data.phantom.labels import LABELS, OSTEOPHYTE_SITES
 
 CARTILAGE_MM = 6.5
 MARGIN_MM = 2.5
@@ -249,9 +249,23 @@ def pcl(grid: Grid) -> np.ndarray:
     return np.minimum(band(grid, ((-4, -12), (18, -8)), 9.0), band(grid, ((18, -8), (34, 18)), 9.0))
 
 
+_PARTS = (
+    ("patella", ""),
+    *(("femur", f" {part}") for part in ("trochlea", "central", "posterior")),
+    *(("tibia", f" {part}") for part in ("anterior", "central", "posterior")),
+)
+
+
+def _put_by_side(t: Template, parts: tuple[np.ndarray, ...], suffix: str = "") -> None:
+    """Label each of `_PARTS` as its medial and its lateral region."""
+    medial = t.grid.l < 0
+    for (bone, part), where in zip(_PARTS, parts, strict=True):
+        _put(t.labels, f"{bone} medial{part}{suffix}", where & medial)
+        _put(t.labels, f"{bone} lateral{part}{suffix}", where & ~medial)
+
+
 def _label_bones(t: Template) -> None:
     g, labels = t.grid, t.labels
-    medial = g.l < 0
     side = np.abs(g.l)
     femur, tibia, patella = t.femur <= 0, t.tibia <= 0, t.patella <= 0
     _put(labels, "femur shaft", femur)
@@ -266,20 +280,13 @@ def _label_bones(t: Template) -> None:
     low, high = TIBIA_CUTS_MM
     plateau = tibia & (g.s < PLATEAU_MM + 23) & (side >= NOTCH_MM)
     tibia_parts = (plateau & (g.a < low), plateau & (g.a >= low) & (g.a < high), plateau & (g.a >= high))
-    parts = (patella, *femur_parts, *tibia_parts)
-    names = BONE_REGIONS
-    medial_names = (names[0], *names[2:5], *names[8:11])
-    lateral_names = (names[1], *names[5:8], *names[11:14])
-    for part, medial_name, lateral_name in zip(parts, medial_names, lateral_names, strict=True):
-        _put(labels, medial_name, part & medial)
-        _put(labels, lateral_name, part & ~medial)
+    _put_by_side(t, (patella, *femur_parts, *tibia_parts))
     subspinous = tibia & (g.s < PLATEAU_MM + 23) & (side < NOTCH_MM) & (g.a > -14) & (g.a < 18)
-    _put(labels, names[14], subspinous)
+    _put(labels, "tibia subspinous", subspinous)
 
 
 def _label_cartilage(t: Template) -> None:
-    g, labels = t.grid, t.labels
-    medial = g.l < 0
+    g = t.grid
     side = np.abs(g.l)
     on_condyle = (side >= NOTCH_MM) & (side < RIM_MM - 1)
     shell = (t.femur > 0) & (t.femur <= CARTILAGE_MM) & (t.tibia > CARTILAGE_MM)
@@ -297,13 +304,7 @@ def _label_cartilage(t: Template) -> None:
     patella_part = (
         (t.patella > 0) & (t.patella <= CARTILAGE_MM) & (g.a > 4 - PATELLA_MM) & (t.femur > 1) & (side < 22)
     )
-    parts = (patella_part, *femur_parts, *tibia_parts)
-    names = BONE_REGIONS
-    medial_names = (names[0], *names[2:5], *names[8:11])
-    lateral_names = (names[1], *names[5:8], *names[11:14])
-    for part, medial_name, lateral_name in zip(parts, medial_names, lateral_names, strict=True):
-        _put(labels, f"{medial_name} cartilage", part & medial)
-        _put(labels, f"{lateral_name} cartilage", part & ~medial)
+    _put_by_side(t, (patella_part, *femur_parts, *tibia_parts), " cartilage")
 
 
 def _label_menisci(t: Template, knee: Knee) -> None:
