@@ -18,13 +18,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rewards.errors import ReasonKneeError
 from rewards.reading import read_answer
 from rewards.records import example_from_dict
 from rewards.registry import RewardSpec, find_reward
 from rewards.types import Answer, Example, Problem, ReaderMode, Reasoning
 
 
-class RewardError(ValueError):
+class RewardError(ReasonKneeError, ValueError):
     """A reward function broke its contract; the message names function, example and value."""
 
 

@@ -13,10 +13,11 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rewards.errors import ReasonKneeError
 from rl.config_keys import unknown_keys
 
 
-class ConfigError(ValueError):
+class ConfigError(ReasonKneeError, ValueError):
     """The configuration cannot be used as given; the message names the field, the value and the remedy."""
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from rewards.errors import ReasonKneeError
+
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -26,7 +28,7 @@ LinearShapes = Mapping[str, tuple[int, int]]
 """Module name -> (out_features, in_features)."""
 
 
-class AdapterError(ValueError):
+class AdapterError(ReasonKneeError, ValueError):
     """An adapter that does not fit; the message names the folder, the tensor or field, and the remedy."""
 
 

@@ -19,6 +19,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 
+from rewards.errors import ReasonKneeError
 from rewards.types import VolumeRef
 from rollouts.features import FEATURE_DTYPES
 from rollouts.index import CacheIndex
@@ -31,7 +32,7 @@ _VIEW_FIELDS = ("crop", "slice_stride", "height", "width", "window_low", "window
 _log = logging.getLogger(__name__)
 
 
-class CacheError(RuntimeError):
+class CacheError(ReasonKneeError, RuntimeError):
     """The cache cannot be written, or lacks what is asked of it; the message names the folder and the remedy."""
 
 

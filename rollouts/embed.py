@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from rewards.errors import ReasonKneeError
 from rewards.types import VolumeRef
 from rollouts.cache import CacheError, EmbeddingCache, embedding_recipe, indexed_keys, volume_key
 from rollouts.features import FeatureError, validate_features
@@ -34,7 +35,7 @@ Progress = Callable[[int, int], None]
 _SECONDS_BETWEEN_REPORTS = 10.0
 
 
-class EmbedError(RuntimeError):
+class EmbedError(ReasonKneeError, RuntimeError):
     """Some volumes could not be embedded; all others are in the cache. The message lists them with the reason."""
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import torch
 
+from rewards.errors import ReasonKneeError
 from rollouts.types import VolumeFeatures
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class FeatureError(ValueError):
+class FeatureError(ReasonKneeError, ValueError):
     """Features that must not reach a model; the message names the volume, what is wrong and the remedy."""
 
 

@@ -25,6 +25,7 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedTokenizerBase
 
+from rewards.errors import ReasonKneeError
 from rewards.ontology import Question
 from rewards.types import Example, Reasoning
 from rollouts.types import Prompt, VolumeFeatures
@@ -76,7 +77,7 @@ INSTRUCTION: Mapping[Reasoning, str] = {
 }
 
 
-class PromptError(ValueError):
+class PromptError(ReasonKneeError, ValueError):
     """A prompt that cannot be built or does not fit; the message names the example and the remedy."""
 
 

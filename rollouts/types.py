@@ -13,6 +13,8 @@ from typing import Literal, Protocol
 
 import torch
 
+from rewards.errors import ReasonKneeError
+
 
 @dataclass(frozen=True)
 class VolumeFeatures:
@@ -93,5 +95,5 @@ class Engine(Protocol):
         ...
 
 
-class EngineError(RuntimeError):
+class EngineError(ReasonKneeError, RuntimeError):
     """The engine died, hung past its watchdog, or was given something it must not see."""

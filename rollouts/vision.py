@@ -18,6 +18,7 @@ from safetensors import safe_open
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
+from rewards.errors import ReasonKneeError
 from rollouts.volumes import FramesView, PatchSizes
 
 # Of OpenAI's CLIP, which Qwen2.5-VL keeps; used where a checkpoint has no preprocessor file.
@@ -43,7 +44,7 @@ _VISION_FIELDS = (
 """What of a vision config changes the embeddings; the rest (versions, storage type) must not change the key."""
 
 
-class TowerError(ValueError):
+class TowerError(ReasonKneeError, ValueError):
     """A model folder without a usable vision tower; the message names the folder and the remedy."""
 
 

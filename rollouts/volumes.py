@@ -25,13 +25,14 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from rewards.boxes import Box3D
+from rewards.errors import ReasonKneeError
 
 
-class VolumeError(ValueError):
+class VolumeError(ReasonKneeError, ValueError):
     """A volume that cannot be shown; the message names the file, what is wrong and the remedy."""
 
 
-class ViewError(ValueError):
+class ViewError(ReasonKneeError, ValueError):
     """A view that does not fit the volume or the model; the message names the setting and the remedy."""
 
 

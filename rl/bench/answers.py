@@ -19,6 +19,7 @@ import polars as pl
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rewards.boxes import Box3D
+from rewards.errors import ReasonKneeError
 from rewards.ontology import QUESTIONS
 from rewards.types import Example, ReaderMode, Reasoning, Truth
 
@@ -47,7 +48,7 @@ SCHEMA = pl.Schema(
 """Columns of `answers.parquet`; `truth_bbox` alone may be null."""
 
 
-class RunError(ValueError):
+class RunError(ReasonKneeError, ValueError):
     """A run's files cannot be used; the message names the file, the row where there is one, and the remedy."""
 
 

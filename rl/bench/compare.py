@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 from scipy.stats import t as student_t
 
+from rewards.errors import ReasonKneeError
 from rl.bench.answers import BenchRun, RunMeta
 from rl.bench.endpoints import MEASURES, OVERALL, Endpoint, count, endpoints, value
 from rl.bench.intervals import (
@@ -33,7 +34,7 @@ PATIENTS_FOR_A_CLAIM = 10
 """Below this many patients no interval is worth a verdict."""
 
 
-class CompareError(ValueError):
+class CompareError(ReasonKneeError, ValueError):
     """Two runs that must not be compared; the message names the differing fields and items."""
 
 

@@ -15,6 +15,7 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rewards.errors import ReasonKneeError
 from rl.bench.compare import MEASURE_NAMES, Comparison, Difference, outcome
 from rl.bench.views import shown_differences
 
@@ -45,7 +46,7 @@ KEY_CURVES: Mapping[str, str] = {
 """metrics.jsonl key -> panel title, after the reward's components."""
 
 
-class MetricsError(ValueError):
+class MetricsError(ReasonKneeError, ValueError):
     """metrics.jsonl cannot be read; the message names file and line."""
 
 

@@ -15,6 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from rewards.errors import ReasonKneeError
 from rewards.matching import match_question
 from rewards.ontology import BENCHMARK_QUESTION_IDS, QUESTIONS
 from rewards.types import Side
@@ -57,7 +58,7 @@ class Fault(Enum):
     CONVENTION = "box convention"
 
 
-class DataError(ValueError):
+class DataError(ReasonKneeError, ValueError):
     """The dataset on disk is not as released; the message names file, row or item, value and remedy."""
 
     def __init__(self, fault: Fault, message: str) -> None:
