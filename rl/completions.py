@@ -1,30 +1,33 @@
-"""Completions of a training step as a table: one row per completion, one column per reward component."""
+"""Scored completions of a training step, and their table: one row per completion, one column per component."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import polars as pl
+import torch
 
+from rewards.suite import RewardRow
 from rl.task import Task
+from rollouts.types import Group
 
-if TYPE_CHECKING:
-    from rl.grpo import ScoredGroup
+Record = dict[str, Any]
+"""One row of the table, plain values only: ranks send them to each other."""
 
 
-def write_completions(path: Path, step: int, scored: Sequence[ScoredGroup], task: Task) -> None:
-    """Write `path` (parquet), complete or not at all."""
+def completion_records(step: int, scored: Sequence[ScoredGroup], task: Task) -> list[Record]:
+    """One record per completion."""
     records = []
     for s in scored:
-        example = task.examples[s.example_index]
+        example_id = task.examples[s.example_index].example_id
         for sample, (rollout, row) in enumerate(zip(s.group.rollouts, s.rows, strict=True)):
             records.append(
                 {
                     "step": step,
-                    "example_id": example.example_id,
+                    "example_id": example_id,
                     "sample": sample,
                     "completion": rollout.text,
                     "finish_reason": rollout.finish_reason,
@@ -39,7 +42,48 @@ def write_completions(path: Path, step: int, scored: Sequence[ScoredGroup], task
                     "bbox_problem": row.answer.bbox_problem.value,
                 }
             )
+    return records
+
+
+def completion_table(records: Sequence[Record], components: Iterable[str]) -> pl.DataFrame:
+    """The records as a table; a component that applies to none of them is a column of nulls."""
+    scores = {f"reward/{name}": pl.Float64 for name in components}
+    return pl.DataFrame(records, schema_overrides=scores, infer_schema_length=None)
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """The G rollouts of one question with what they earned."""
+
+    example_index: int
+    group: Group
+    rows: list[RewardRow]
+    advantages_G: torch.Tensor
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether any completion did better than another."""
+        return bool(self.advantages_G.any())
+
+
+def write_completions(path: Path, table: pl.DataFrame) -> None:
+    """Write `path` (parquet), complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.tmp")
-    pl.DataFrame(records, infer_schema_length=None).write_parquet(staging)
+    table.write_parquet(staging)
     staging.replace(path)
+
+
+def reward_metrics(table: pl.DataFrame) -> dict[str, float]:
+    """Means over a step: reward, each component where it applies, groups without signal, length, share cut off."""
+    names = [name for name in table.columns if name.startswith("reward")]
+    metrics = {name: _mean(table[name]) for name in names if table[name].count()}
+    signal = table.group_by("example_id").agg((pl.col("advantage") != 0).any())["advantage"]
+    metrics["groups_without_signal"] = 1 - _mean(signal)
+    metrics["completion_length"] = _mean(table["tokens"])
+    metrics["truncated"] = _mean(table["finish_reason"] == "length")
+    return metrics
+
+
+def _mean(column: pl.Series) -> float:
+    return float(column.cast(pl.Float64).drop_nulls().to_numpy().mean())

@@ -9,17 +9,17 @@ Departures from the textbook:
 - The batch is on-policy, so the old log-probabilities are the new ones, detached; they are kept only when
   `num_iterations` > 1.
 - Groups whose rewards are all equal have advantage 0. Without a KL term their gradient is exactly 0, so they are
-  counted but not computed.
+  counted but not computed (except under "bnpo", whose normaliser is the tokens that were computed).
+- Ranks share no data-parallel wrapper: each adds up its own gradients, one reduction per optimizer step sums them
+  (`rl.training.clip_gradients`).
 - Every batch is an agreement probe: the trainer's log-probabilities of fresh rollouts are compared with the
   engine's before the weights move (`rl.probe`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,41 +27,31 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from rewards.suite import RewardRow, RewardSuite
+from rewards.suite import RewardSuite
 from rl.advantages import group_advantages
-from rl.completions import write_completions
+from rl.completions import completion_records, completion_table, reward_metrics, write_completions
 from rl.config import Config, ConfigError
 from rl.loss import LossInputs, LossSettings, StepTotals, grpo_loss
 from rl.model import disable_dropout, load_policy, reference_adapter, save_adapter, trainable
 from rl.packed import PackedBatch, pack
-from rl.probe import Agreement, measure_agreement, require_agreement
+from rl.probe import Agreement, measure_agreement, require_agreement, sampler_logps
 from rl.task import Task, reasoning_of
 from rl.training import (
     OnMetrics,
     RunFolder,
     Stopwatch,
+    clip_gradients,
     last_checkpoint,
     load_optimizer,
     make_optimizer,
     save_checkpoint,
     warmup_then_constant,
 )
+from rollouts.requests import group_seed
 from rollouts.types import Engine, Group, Sampling
 
-
-@dataclass(frozen=True)
-class ScoredGroup:
-    """The G rollouts of one question with what they earned."""
-
-    example_index: int
-    group: Group
-    rows: list[RewardRow]
-    advantages_G: torch.Tensor
-
-    @property
-    def has_signal(self) -> bool:
-        """Whether any completion did better than another."""
-        return bool(self.advantages_G.any())
+PER_TOKEN = {"entropy": "entropy", "kl": "kl", "clip_ratio": "clipped", "importance_ratio": "importance"}
+"""Metrics that are means over the tokens of the loss, and the sums they are made from."""
 
 
 @dataclass
@@ -108,19 +98,19 @@ class GRPOTrainer:
         sft_adapter = Path(self.settings.init_adapter or Path(config.run_dir) / "sft" / "adapter")
         if not sft_adapter.is_dir():
             raise ConfigError(f"grpo.init_adapter: {sft_adapter} does not exist; run `reasonknee sft` first")
-        policy = load_policy(
+        self.policy = load_policy(
             config,
             checkpoint / "adapter" if checkpoint else sft_adapter,
             reference=sft_adapter if self.settings.beta else None,
         )
-        disable_dropout(policy)
-        self.unwrapped = policy
-        optimizer = make_optimizer(trainable(policy), self.settings.learning_rate, self.settings.weight_decay)
-        self.schedule = warmup_then_constant(optimizer, self.settings.warmup_steps)
+        disable_dropout(self.policy)
+        self.optimizer = make_optimizer(
+            trainable(self.policy), self.settings.learning_rate, self.settings.weight_decay
+        )
+        self.schedule = warmup_then_constant(self.optimizer, self.settings.warmup_steps)
         self.first_step = 0
         if checkpoint:
-            self.first_step = int(load_optimizer(checkpoint, optimizer, self.schedule)["step"])
-        self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
+            self.first_step = int(load_optimizer(checkpoint, self.optimizer, self.schedule)["step"])
         if self.run:
             self.run.keep_metrics_until(self.first_step)
         self._publish()
@@ -132,18 +122,19 @@ class GRPOTrainer:
         watch.lap("seconds/rollout")
         scored = self._score(groups)
         watch.lap("seconds/reward")
+        lr = float(self.schedule.get_last_lr()[0])
         sums, agreement = self._update(scored)
-        watch.lap("seconds/train")
         self.schedule.step()
+        watch.lap("seconds/train")
         self._publish()
         watch.lap("seconds/sync")
-        record = self._record(step, scored, sums, agreement, watch)
+        record = self._record(step, scored, {**sums, "lr": lr}, agreement, watch)
         if self.run:
             self.run.log(record)
             done = step + 1
             if done % self.settings.save_steps == 0 or done == self.settings.max_steps:
                 save_checkpoint(
-                    self.folder / "checkpoints", done, self.unwrapped, self.optimizer, self.schedule, {}
+                    self.folder / "checkpoints", done, self.policy, self.optimizer, self.schedule, {}
                 )
         return record
 
@@ -190,44 +181,40 @@ class GRPOTrainer:
             importance_cap=self.settings.importance_cap,
             max_completion_length=self.settings.max_completion_length,
         )
-        counted = [s for s in scored if s.has_signal or self.settings.beta]
-        batches = [
-            self._pack(part) for part in microbatches(counted, self.settings.max_tokens_per_microbatch)
-        ]
+        skips = not self.settings.beta and self.settings.loss_type != "bnpo"
+        counted = [s for s in scored if s.has_signal or not skips]
+        # without any signal one group is still computed: the engine is to be probed in every step
+        parts = microbatches(counted or scored[:1], self.settings.max_tokens_per_microbatch)
+        batches = [self._pack(part) for part in parts]
         totals = self._totals(scored, len(batches))
         agreement = Agreement.none()
         for iteration in range(self.settings.num_iterations):
             sums: dict[str, float] = {"loss": 0.0, "entropy": 0.0, "tokens": 0.0}
             self.optimizer.zero_grad()
-            # every rank runs the same number of backwards: only the last one synchronises gradients
-            for number in range(totals.microbatches):
-                last = number == totals.microbatches - 1
-                batch = batches[number] if number < len(batches) else None
-                with nullcontext() if last else self.accelerator.no_sync(self.policy):
-                    loss, metrics, seen = self._forward(batch, loss_settings, totals, first=iteration == 0)
-                    # data parallel averages gradients over ranks; the loss's shares must add up instead
-                    self.accelerator.backward(loss * self.accelerator.num_processes)
-                agreement = agreement.merge(seen)
+            for batch in batches:
+                loss, metrics, seen = self._forward(batch, loss_settings, totals)
+                torch.autograd.backward(loss)
                 for name, value in metrics.items():
                     sums[name] = sums.get(name, 0.0) + value
-            if iteration == 0:
+                if iteration == 0:
+                    agreement = agreement.merge(seen)
+            if iteration == 0:  # before the weights move
                 agreement = agreement.over_ranks(self.accelerator)
-                require_agreement(agreement, self.settings, self.unwrapped, self.task, scored)
-            norm = self.accelerator.clip_grad_norm_(trainable(self.policy), self.settings.max_grad_norm)
-            sums["grad_norm"] = float(norm)
+                require_agreement(agreement, self.settings, self.policy, self.task, scored)
+            sums["grad_norm"] = clip_gradients(
+                trainable(self.policy), self.settings.max_grad_norm, self.accelerator
+            )
             self.optimizer.step()
         return sums, agreement
 
     def _forward(
-        self, micro: MicroBatch | None, settings: LossSettings, totals: StepTotals, *, first: bool
+        self, micro: MicroBatch, settings: LossSettings, totals: StepTotals
     ) -> tuple[torch.Tensor, dict[str, float], Agreement]:
-        if micro is None:  # this rank has fewer groups than another: take part in the backward with zero loss
-            zero = torch.stack([p.sum() * 0.0 for p in trainable(self.policy)]).sum()
-            return zero, {}, Agreement.none()
+        """Loss, metric sums over tokens, and agreement with the engine of one micro-batch."""
         ref_logps_N_T = None
         if settings.beta:
-            with torch.no_grad(), reference_adapter(self.unwrapped):
-                ref_logps_N_T, _ = self.unwrapped(micro.batch, self.settings.temperature)
+            with torch.no_grad(), reference_adapter(self.policy):
+                ref_logps_N_T, _ = self.policy(micro.batch, self.settings.temperature)
         logps_N_T, entropies_N_T = self.policy(micro.batch, self.settings.temperature)
         if self.settings.num_iterations > 1 and micro.old_logps_N_T is None:
             micro.old_logps_N_T = logps_N_T.detach()
@@ -237,7 +224,7 @@ class GRPOTrainer:
             mask_N_T=micro.mask_N_T,
             old_logps_N_T=micro.old_logps_N_T,
             ref_logps_N_T=ref_logps_N_T,
-            sampler_logps_N_T=micro.sampler_logps_N_T if self._corrects_importance(logps_N_T) else None,
+            sampler_logps_N_T=micro.sampler_logps_N_T if self._corrects_importance else None,
         )
         loss, metrics = grpo_loss(inputs, settings, totals)
         metrics |= {
@@ -245,14 +232,13 @@ class GRPOTrainer:
             "entropy": float((entropies_N_T * micro.mask_N_T).sum()),
             "tokens": float(micro.mask_N_T.sum()),
         }
-        seen = Agreement.none()
-        if first:
-            seen = measure_agreement(logps_N_T.detach(), micro.sampler_logps_N_T, micro.batch.mask_N_T)
+        seen = measure_agreement(logps_N_T.detach(), micro.sampler_logps_N_T, micro.batch.mask_N_T)
         return loss, metrics, seen
 
-    def _corrects_importance(self, logps_N_T: torch.Tensor) -> bool:
+    @property
+    def _corrects_importance(self) -> bool:
         choice = self.settings.importance_correction
-        half_precision = self.unwrapped.language_model.dtype != torch.float32
+        half_precision = self.policy.language_model.dtype != torch.float32
         return choice == "token_truncate" or (choice == "auto" and half_precision)
 
     def _pack(self, scored: list[ScoredGroup]) -> MicroBatch:
@@ -260,17 +246,14 @@ class GRPOTrainer:
         roots = self.task.tree(
             [s.group.prompt for s in scored], [[r.token_ids for r in s.group.rollouts] for s in scored]
         )
-        batch = pack(roots, self.task.builder.video_pad)
-        sampler_logps_N_T = torch.zeros(batch.mask_N_T.shape)
-        for row, rollout in enumerate(rollouts):
-            sampler_logps_N_T[row, : len(rollout.logps)] = torch.tensor(rollout.logps)
-        counts = torch.tensor([self._counts(r.finish_reason) for r in rollouts])
         device = self.accelerator.device
+        batch = pack(roots, self.task.builder.video_pad).to(device)
+        counts_N = torch.tensor([self._counts(r.finish_reason) for r in rollouts], device=device)
         return MicroBatch(
-            batch=batch.to(device),
+            batch=batch,
             advantages_N=torch.cat([s.advantages_G for s in scored]).to(device),
-            mask_N_T=(batch.mask_N_T & counts[:, None]).to(device),
-            sampler_logps_N_T=sampler_logps_N_T.to(device),
+            mask_N_T=batch.mask_N_T & counts_N[:, None],
+            sampler_logps_N_T=sampler_logps(rollouts, batch),
         )
 
     def _counts(self, finish_reason: str) -> bool:
@@ -280,15 +263,13 @@ class GRPOTrainer:
     def _totals(self, scored: list[ScoredGroup], batches: int) -> StepTotals:
         rollouts = [r for s in scored for r in s.group.rollouts]
         tokens = sum(len(r.token_ids) for r in rollouts if self._counts(r.finish_reason))
-        local = torch.tensor([len(rollouts), tokens], device=self.accelerator.device)
-        completions, all_tokens = self.accelerator.reduce(local, reduction="sum").tolist()
-        most = max(gather_object([batches]))
-        return StepTotals(int(completions), int(all_tokens), max(1, most))
+        local = torch.tensor([len(rollouts), tokens, batches], device=self.accelerator.device)
+        return StepTotals(*self.accelerator.reduce(local, reduction="sum").tolist())
 
     def _publish(self) -> None:
         """Give the engine the new adapter; no rank goes on before the engine answers with it."""
         if self.accelerator.is_main_process:
-            save_adapter(self.unwrapped, self.folder / "adapter")
+            save_adapter(self.policy, self.folder / "adapter")
             self.engine.load_adapter(self.folder / "adapter")
         self.accelerator.wait_for_everyone()
 
@@ -301,35 +282,18 @@ class GRPOTrainer:
         watch: Stopwatch,
     ) -> dict[str, float]:
         """Means over all ranks; rank 0 also writes the completions."""
-        everything: list[ScoredGroup] = gather_object(scored)
+        records = gather_object(completion_records(step + 1, scored, self.task))
         all_sums: list[dict[str, float]] = gather_object([sums])
         if not self.accelerator.is_main_process:
             return {}
-        write_completions(
-            self.folder / "completions" / f"step-{step + 1:06d}.parquet", step + 1, everything, self.task
-        )
-        rows = [row for s in everything for row in s.rows]
-        rollouts = [r for s in everything for r in s.group.rollouts]
-        tokens = max(1.0, sum(s["tokens"] for s in all_sums))
-        record: dict[str, float] = {"step": step + 1, "time": time.time()}
-        record["reward"] = sum(row.total for row in rows) / len(rows)
-        for name in self.suite.names:
-            values = [v for row in rows if (v := row.components[name]) is not None]
-            if values:
-                record[f"reward/{name}"] = sum(values) / len(values)
-        record["groups_without_signal"] = sum(not s.has_signal for s in everything) / len(everything)
-        record["completion_length"] = sum(len(r.token_ids) for r in rollouts) / len(rollouts)
-        record["truncated"] = sum(r.finish_reason == "length" for r in rollouts) / len(rollouts)
+        table = completion_table(records, self.suite.names)
+        write_completions(self.folder / "completions" / f"step-{step + 1:06d}.parquet", table)
+        record: dict[str, float] = {"step": step + 1, "time": time.time(), **reward_metrics(table)}
         record["loss"] = sum(s["loss"] for s in all_sums)
-        record["grad_norm"] = sums["grad_norm"]
-        record["lr"] = float(self.schedule.get_last_lr()[0])
-        for name, key in (
-            ("entropy", "entropy"),
-            ("kl", "kl"),
-            ("clip_ratio", "clipped"),
-            ("importance_ratio", "importance"),
-        ):
-            if key in sums:
+        record |= {"grad_norm": sums["grad_norm"], "lr": sums["lr"]}
+        tokens = max(1.0, sum(s["tokens"] for s in all_sums))
+        for name, key in PER_TOKEN.items():
+            if any(key in s for s in all_sums):
                 record[name] = sum(s.get(key, 0.0) for s in all_sums) / tokens
         record |= {"agreement/max": agreement.largest, "agreement/mean": agreement.mean, **watch.seconds}
         record["seconds"] = sum(watch.seconds.values())
@@ -343,7 +307,7 @@ def microbatches(scored: list[ScoredGroup], budget: int) -> Iterator[list[Scored
     for s in scored:
         prompt = s.group.prompt
         own = len(prompt.question_ids) + sum(len(r.token_ids) for r in s.group.rollouts)
-        new_volume = not part or part[-1].group.prompt.volume_ids != prompt.volume_ids
+        new_volume = not part or part[-1].group.prompt.features.key != prompt.features.key
         cost = own + (len(prompt.volume_ids) if new_volume else 0)
         if part and used + cost > budget:
             yield part
@@ -352,9 +316,3 @@ def microbatches(scored: list[ScoredGroup], budget: int) -> Iterator[list[Scored
         used += cost
     if part:
         yield part
-
-
-def group_seed(run_seed: int, step: int, example_id: str) -> int:
-    """Seed of a question's group: a hash, so that any rollout can be made again and no two groups share samples."""
-    digest = hashlib.blake2b(f"{run_seed}/{step}/{example_id}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big") >> 1

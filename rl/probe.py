@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
+from rewards.errors import ReasonKneeError
+from rl.completions import ScoredGroup
 from rl.config import GRPOConfig
-from rl.packed import PackedPolicy, pack
+from rl.packed import PackedBatch, PackedPolicy, pack
 from rl.task import Task
+from rollouts.types import Group, Rollout
 
-if TYPE_CHECKING:
-    from rl.grpo import ScoredGroup
+SAME = 1e-6
+"""Mean difference of log-probabilities that is rounding."""
 
 
-class AgreementError(RuntimeError):
+class AgreementError(ReasonKneeError, RuntimeError):
     """The trainer scores tokens otherwise than the engine sampled them."""
 
 
@@ -36,13 +39,13 @@ class Agreement:
 
     @property
     def mean(self) -> float:
+        """Over the tokens compared."""
         return self.total / max(self.tokens, 1)
 
     def merge(self, other: Agreement) -> Agreement:
-        """Of both sets of tokens."""
-        return Agreement(
-            self.total + other.total, max(self.largest, other.largest), self.tokens + other.tokens
-        )
+        """Of both sets of tokens; NaN stays NaN."""
+        largest = float(np.maximum(self.largest, other.largest))
+        return Agreement(self.total + other.total, largest, self.tokens + other.tokens)
 
     def over_ranks(self, accelerator: Accelerator) -> Agreement:
         """Of all ranks' tokens, so that all ranks stop together."""
@@ -77,44 +80,35 @@ def require_agreement(
         AgreementError: with the likeliest cause.
     """
     exact = policy.language_model.dtype == torch.float32
-    if exact and agreement.largest <= settings.probe_tolerance:
+    worst, limit = (
+        (agreement.largest, settings.probe_tolerance)
+        if exact
+        else (agreement.mean, settings.probe_tolerance_bf16)
+    )
+    if worst <= limit:  # false for NaN
         return
-    if not exact and agreement.mean <= settings.probe_tolerance_bf16:
-        return
-    cause = diagnose(policy, task, scored[0], settings.temperature) if scored else "see the other ranks"
+    cause = diagnose(policy, task, scored, settings.temperature)
     raise AgreementError(
         f"trainer and engine disagree on {agreement.tokens} sampled tokens: mean |difference| {agreement.mean:.2e}, "
-        f"largest {agreement.largest:.2e} (accepted: "
-        f"{f'largest {settings.probe_tolerance:g}' if exact else f'mean {settings.probe_tolerance_bf16:g}'}). {cause}"
+        f"largest {agreement.largest:.2e} (accepted: {'largest' if exact else 'mean'} {limit:g}). {cause}"
     )
 
 
 @torch.no_grad()
-def diagnose(policy: PackedPolicy, task: Task, scored: ScoredGroup, temperature: float) -> str:
-    """Try one change at a time and name the one that explains the engine's figures."""
-    group = scored.group
-    completions = [[r.token_ids for r in group.rollouts]]
-    batch = pack(task.tree([group.prompt], completions), task.builder.video_pad).to(policy.device)
-    engine = torch.zeros(batch.mask_N_T.shape)
-    for row, rollout in enumerate(group.rollouts):
-        engine[row, : len(rollout.logps)] = torch.tensor(rollout.logps)
-
-    def difference(temperature: float = temperature, flat_positions: bool = False) -> float:
-        tried = batch
-        if flat_positions:
-            flat = pack(task.tree([group.prompt], completions, flat_positions=True), task.builder.video_pad)
-            tried = flat.to(policy.device)
-        logps, _ = policy(tried, temperature)
-        return measure_agreement(logps.cpu(), engine, batch.mask_N_T.cpu()).mean
-
-    here = difference()
+def diagnose(policy: PackedPolicy, task: Task, scored: Sequence[ScoredGroup], temperature: float) -> str:
+    """Try one change at a time on the group that differs most, and name the one that explains the engine's figures."""
+    differences = [_difference(policy, task, s.group, temperature) for s in scored]
+    here = max(differences, default=0.0)
+    if here < SAME:
+        return "This rank's groups agree: see the error of another rank."
+    group = scored[differences.index(here)].group
     with policy.model.disable_adapter():
-        without_adapter = difference()
+        without_adapter = _difference(policy, task, group, temperature)
     explanations = {
         "adapter: the engine's figures are those of the base model without it": without_adapter,
-        "temperature: the engine's figures are those of temperature 1": difference(1.0),
-        "positions: the engine's figures are those of visual tokens placed like text": difference(
-            flat_positions=True
+        "temperature: the engine's figures are those of temperature 1": _difference(policy, task, group, 1.0),
+        "positions: the engine's figures are those of visual tokens placed like text": _difference(
+            policy, task, group, temperature, flat_positions=True
         ),
     }
     best = min(explanations, key=explanations.__getitem__)
@@ -124,3 +118,21 @@ def diagnose(policy: PackedPolicy, task: Task, scored: ScoredGroup, temperature:
         "Adapter, temperature and positions do not explain it: look at the embeddings "
         "(was the cache made with this model and view?)."
     )
+
+
+def _difference(
+    policy: PackedPolicy, task: Task, group: Group, temperature: float, *, flat_positions: bool = False
+) -> float:
+    """Mean |trainer - engine| over one group's tokens."""
+    roots = task.tree([group.prompt], [[r.token_ids for r in group.rollouts]], flat_positions=flat_positions)
+    batch = pack(roots, task.builder.video_pad).to(policy.device)
+    logps_N_T, _ = policy(batch, temperature)
+    return measure_agreement(logps_N_T, sampler_logps(group.rollouts, batch), batch.mask_N_T).mean
+
+
+def sampler_logps(rollouts: Sequence[Rollout], batch: PackedBatch) -> torch.Tensor:
+    """The engine's log-probabilities in the shape of the batch's completions, [N, T]; 0 where there is no token."""
+    logps_N_T = torch.zeros(batch.mask_N_T.shape)
+    for row, rollout in enumerate(rollouts):
+        logps_N_T[row, : len(rollout.logps)] = torch.tensor(rollout.logps)
+    return logps_N_T.to(batch.mask_N_T.device)
