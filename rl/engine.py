@@ -8,6 +8,7 @@ from rl.config import Config
 from rl.model import resolve_model
 from rollouts.engines import make_engine
 from rollouts.types import Engine
+from rollouts.vllm_engine import VllmEngine
 
 
 def engine_options(config: Config) -> dict[str, Any]:
@@ -31,3 +32,15 @@ def engine_options(config: Config) -> dict[str, Any]:
 def start_engine(config: Config) -> Engine:
     """Start the configured engine; close it when done."""
     return make_engine(config.engine.kind, resolve_model(config.model.path), **engine_options(config))
+
+
+def start_ready_engine(config: Config) -> Engine:
+    """Start the configured engine and wait until it has loaded.
+
+    Raises:
+        EngineError: it did not start within `engine.start_timeout_s`.
+    """
+    engine = start_engine(config)
+    if isinstance(engine, VllmEngine):
+        engine.wait_until_ready()
+    return engine

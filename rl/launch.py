@@ -11,15 +11,11 @@ themselves (`rl.terminal`); it changes the working directory; Ctrl-C during `fit
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ray
-from accelerate import Accelerator
 from ray.train import (
     ControllerError,
     FailureConfig,
@@ -34,10 +30,9 @@ from ray.util.placement_group import PlacementGroup
 from rich.console import Console
 
 from rl.cluster import bundle, cluster, cluster_nodes, ignore_signals, interruptible, reserved, take_signals
-from rl.config import Config, ConfigError, RayConfig
+from rl.config import Config, RayConfig
 from rl.data.check import require_best_convention
-from rl.engine import start_engine
-from rl.environment import check_one_install, pick_device
+from rl.engine import start_ready_engine
 from rl.errors import expected_errors
 from rl.grpo import train_grpo
 from rl.install_check import check_nodes
@@ -53,45 +48,36 @@ from rl.placement import (
     this_machine,
 )
 from rl.progress import StageProgress
+from rl.ranks import Home, Job, RankSettings, engine_in_actor, rank_loop
 from rl.stages import run_stage
-from rl.terminal import Failure, Viewer, connected_to, open_terminal
-from rollouts.actor import EngineLocation
+from rl.terminal import Failure, Viewer, open_terminal
 from rollouts.pool import EnginePool, PoolLimits
-from rollouts.types import Engine, EngineError
-from rollouts.vllm_engine import VllmEngine
+from rollouts.types import EngineError
 
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: done; the job failed; bad config or placement; Ctrl-C or SIGTERM."""
+
+
+GRPO = Job(start_engine=start_ready_engine, train=train_grpo, check=require_best_convention)
 
 
 class JobError(RuntimeError):
     """The job itself failed; the message begins with its own error."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """What runs on the cluster: the engine, and the loop of every rank."""
-
-    start_engine: Callable[[Config], Engine] = start_engine
-    train: Callable[..., Any] = train_grpo
-    check: Callable[[Config], None] = require_best_convention
-    """Called on the driver before anything is started."""
-
-
-def launch(config: Config, dry_run: bool = False, job: Job | None = None) -> int:
+def launch(config: Config, dry_run: bool = False, job: Job = GRPO) -> int:
     """Run GRPO on Ray; continues from the last checkpoint, whoever made it.
 
     Args:
         config: validated; its `ray` section says who gets what.
         dry_run: print the placement and whether the cluster can hold it, start nothing.
-        job: other loops and engines than GRPO's.
+        job: another loop or engine in GRPO's place.
 
     Returns:
         0 done (dry run: it fits); 1 the job failed (dry run: it does not fit); 2 the configuration or the placement
         cannot be had; 130 interrupted. Errors are printed.
     """
     console = Console(highlight=False)
-    job = job or Job()
     try:
         with interruptible():
             check_shares(config.ray)
@@ -163,7 +149,7 @@ def _start_pool(job: Job, config: Config, group: PlacementGroup, temporary: Path
     # An engine's own watchdog may start it again and repeat the request; other ranks' requests may be before ours.
     one_request = 2 * engine.generate_timeout_s + engine.start_timeout_s
     return EnginePool.start(
-        partial(_engine, job, _on_device(config, settings.gpus_per_engine), Path.cwd(), check_one_install()),
+        partial(engine_in_actor, job, config, Home.here()),
         settings.num_engines,
         PoolLimits(start_s=engine.start_timeout_s, generate_s=settings.num_workers * one_request),
         cpus=settings.cpus_per_engine,
@@ -171,15 +157,6 @@ def _start_pool(job: Job, config: Config, group: PlacementGroup, temporary: Path
         placement_group=group,
         env={"TMPDIR": str(temporary)} if temporary else None,
     )
-
-
-def _engine(job: Job, config: Config, folder: Path, home: Path) -> Engine:
-    """In an engine's process: the engine, ready."""
-    _enter(folder, home)
-    engine = job.start_engine(config)
-    if isinstance(engine, VllmEngine):
-        engine.wait_until_ready()
-    return engine
 
 
 def _fit(job: Job, config: Config, pool: EnginePool, progress: StageProgress, storage: Path) -> None:
@@ -194,20 +171,13 @@ def _fit(job: Job, config: Config, pool: EnginePool, progress: StageProgress, st
     threads = str(max(1, int(settings.cpus_per_worker)))
     terminal = open_terminal()
     trainer = TorchTrainer(
-        _rank,
-        train_loop_config={
-            "job": job,
-            "config": _on_device(config, settings.gpus_per_worker),
-            "pool": pool,
-            "terminal": terminal,
-            "folder": Path.cwd(),
-            "home": check_one_install(),
-        },
+        rank_loop,
+        train_loop_config={"settings": RankSettings(job, config, pool, terminal, Home.here())},
         torch_config=TorchConfig(backend="nccl" if settings.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=settings.num_workers,
             use_gpu=settings.gpus_per_worker > 0,
-            resources_per_worker=bundle,
+            resources_per_worker=bundle(settings.cpus_per_worker, settings.gpus_per_worker),
         ),
         run_config=RunConfig(
             name="grpo",
@@ -230,35 +200,6 @@ def _fit(job: Job, config: Config, pool: EnginePool, progress: StageProgress, st
         raise _explained(error, viewer.stop(), settings) from error
     take_signals()
     viewer.stop()
-
-
-def _rank(job_of_rank: dict[str, Any]) -> None:
-    """The loop of one training worker."""
-    config, pool = job_of_rank["config"], job_of_rank["pool"]
-    context = ray.train.get_context()
-    with connected_to(job_of_rank["terminal"], context.get_world_rank()) as show:
-        _enter(job_of_rank["folder"], job_of_rank["home"])
-        if config.ray.placement == "colocate":
-            here = EngineLocation(
-                ray.get_runtime_context().get_node_id(), tuple(int(gpu) for gpu in ray.get_gpu_ids())
-            )
-            pool = pool.beside(here, context.get_local_rank())
-        accelerator = Accelerator(cpu=pick_device(config.model.device).type == "cpu")
-        job_of_rank["job"].train(config, pool, accelerator, show)
-
-
-def _enter(folder: Path, home: Path) -> None:
-    """The driver's working directory where this node has it, so that relative paths mean the same; one install."""
-    found = check_one_install()
-    if found != home:
-        raise ConfigError(f"the packages are imported from {found} here and from {home} on the driver")
-    if folder.is_dir():
-        os.chdir(folder)
-
-
-def _on_device(config: Config, gpus: float) -> Config:
-    """The config for a process with this share of GPUs: without one, `auto` must not find another's."""
-    return config if gpus else replace(config, model=replace(config.model, device="cpu"))
 
 
 def _explained(error: TrainingFailedError, failures: list[Failure], settings: RayConfig) -> Exception:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from rl.config import Config, load_config
-from rl.launch import Job, launch
+from rl.ranks import Job
 from rl.training import OnMetrics
 from rollouts.types import Engine, Group, Prompt, Rollout, Sampling, VolumeFeatures
 
@@ -79,6 +79,10 @@ def train(config: Config, engine: Engine, accelerator: Accelerator, on_metrics: 
 
 
 if __name__ == "__main__":
+    from rl.launch import (
+        launch,  # not needed, and slow to import, in the processes that unpickle what is above
+    )
+
     run_dir = Path(sys.argv[2])
     settings = [f"run_dir={run_dir}", f"data.root={run_dir}", "model.device=cpu", "grpo.max_steps=2"]
     settings += ["ray.num_workers=2", "ray.cpus_per_worker=0.5", "ray.cpus_per_engine=1", *sys.argv[3:]]

@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from rl.config import Config, ConfigError, RayConfig, load_config
 from rl.environment import check_one_install
 from rl.install_check import DISTRIBUTION, check_nodes, difference
-from rl.launch import FAILED, INTERRUPTED, OK, REFUSED, Job, launch
+from rl.launch import FAILED, GRPO, INTERRUPTED, OK, REFUSED, launch
 from rl.placement import Node, check_shares, plan, real_cores, refusal, this_machine
 
 JOB = Path(__file__).with_name("ray_job.py")
@@ -160,7 +161,7 @@ def test_a_busy_cluster_ends_in_an_error_after_the_timeout(
     ray.get(other.here.remote())
     check_nodes()
     began = time.monotonic()
-    job = Job(check=lambda config: None)
+    job = replace(GRPO, check=lambda config: None)
     assert launch(_config(tmp_path, "ray.placement_timeout_s=3", *settings), job=job) == REFUSED
     assert time.monotonic() - began < 30
     printed = " ".join(capsys.readouterr().out.split())
@@ -189,7 +190,7 @@ class _Run:
     def output(self) -> str:
         return self.log.read_text()
 
-    def wait_for(self, text: str, seconds: float = 240) -> None:
+    def wait_for(self, text: str, seconds: float = 400) -> None:
         until = time.monotonic() + seconds
         while text not in self.output:
             assert time.monotonic() < until, f"{text!r} did not appear:\n{self.output}"
@@ -197,7 +198,7 @@ class _Run:
             time.sleep(0.5)
 
     def end(self) -> int:
-        code = self.process.wait(timeout=240)
+        code = self.process.wait(timeout=400)
         time.sleep(1)
         left = [p for p in psutil.process_iter() if self._is_ours(p)]
         assert not left, f"left over: {[p.cmdline() for p in left]}\n{self.output}"

@@ -113,16 +113,17 @@ def test_features_survive_packing_bit_by_bit(dtype: torch.dtype) -> None:
 def cluster() -> Iterator[None]:
     """Four CPUs and two GPUs by name only: Ray hands out what it is told it has."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import tests
-    ray.init(
-        num_cpus=4,
-        num_gpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        _temp_dir=tempfile.mkdtemp(prefix="rk", dir="/tmp"),
-        object_store_memory=100 * 2**20,
-    )
-    yield
-    ray.shutdown()
+    with tempfile.TemporaryDirectory(prefix="rk", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        ray.init(
+            num_cpus=4,
+            num_gpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            _temp_dir=folder,
+            object_store_memory=100 * 2**20,
+        )
+        yield
+        ray.shutdown()
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
