@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 
 import nibabel
 import numpy as np
@@ -50,13 +50,21 @@ class Outline:
 
 @dataclass(frozen=True, slots=True)
 class Plane:
-    """One slice of a volume as a grey PNG (a data URI) with boxes on it."""
+    """One slice of a volume with boxes on it."""
 
     title: str
-    png: str
+    grey: np.ndarray = field(compare=False)
+    """uint8 [rows, columns], as displayed."""
     width_mm: float
     height_mm: float
     outlines: tuple[Outline, ...]
+
+    @property
+    def png(self) -> str:
+        """The slice as a data URI."""
+        buffer = io.BytesIO()
+        imsave(buffer, self.grey, cmap="gray", vmin=0, vmax=255, format="png")
+        return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def load_volume(path: str, axes: Sequence[int]) -> BoxVolume:
@@ -114,14 +122,12 @@ def _draw_plane(
     image = image[:: _step(volume, vertical), :: _step(volume, horizontal)]
     low, high = window
     grey = np.clip((image - low) / max(high - low, 1e-6), 0, 1)
-    buffer = io.BytesIO()
-    imsave(buffer, (grey * 255).astype(np.uint8), cmap="gray", vmin=0, vmax=255, format="png")
     outlines = [
         _outline(volume, who, box, (vertical, horizontal), (normal, index)) for who, box in boxes.items()
     ]
     return Plane(
         title=f"{_PLANE_NAMES[volume.codes[normal]]} {('slice', 'x', 'y')[normal]} = {index}",
-        png=f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}",
+        grey=(grey * 255).astype(np.uint8),
         width_mm=round(volume.array.shape[horizontal] * volume.spacing_mm[horizontal], 2),
         height_mm=round(volume.array.shape[vertical] * volume.spacing_mm[vertical], 2),
         outlines=tuple(outlines),
