@@ -18,13 +18,15 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from rl.base.corpus import knee_example, short_answer
 from rl.base.knees import KneeArrays
-from rl.base.vision import TokenHeads, TokenTargets, tower_embeds
+from rl.base.vision import MAX_GRADES, TokenHeads, TokenTargets, tower_embeds
 from rl.config import PhantomConfig
-from rl.packed import Node, PackedPolicy, pack
+from rl.packed import Node, PackedBatch, PackedPolicy, pack
 from rollouts.positions import mrope_positions
 from rollouts.prompts import PromptBuilder
 from rollouts.types import VolumeFeatures
 from rollouts.volumes import PatchSizes
+
+GRADE_WEIGHT = 4.0
 
 OnStep = Callable[[int, dict[str, float]], None]
 
@@ -43,6 +45,16 @@ class AnswerTrees:
         self.knees, self.phantom = knees, phantom
         self.tokenizer, self.tokens_per_second, self.merge = tokenizer, tokens_per_second, merge
         self.builder = PromptBuilder(tokenizer, "required")
+        self._grade_tokens = torch.tensor(
+            [tokenizer.convert_tokens_to_ids(str(g)) for g in range(MAX_GRADES)]
+        )
+        self._box_token = tokenizer.convert_tokens_to_ids("Box")
+
+    def weights(self, batch: PackedBatch) -> torch.Tensor:
+        """Weight of each answer token: a grade is one token of twenty and the hardest to learn."""
+        numbers = torch.isin(batch.targets_N_T, self._grade_tokens)
+        before_box = (batch.targets_N_T == self._box_token).cumsum(dim=1) == 0
+        return torch.where(numbers & before_box, GRADE_WEIGHT, 1.0) * batch.mask_N_T
 
     def tree(self, index: int, embeds_V_H: torch.Tensor, question_ids: Sequence[int]) -> Node:
         """One volume with its questions and their short answers."""
@@ -114,7 +126,8 @@ def train_jointly(
         batch = pack(roots, data.builder.video_pad)
         middle.clear()
         logps_N_T, _ = policy(batch)
-        answer_loss = -logps_N_T.sum() / batch.mask_N_T.sum()
+        weights_N_T = data.weights(batch)
+        answer_loss = -(weights_N_T * logps_N_T).sum() / len(logps_N_T)
         visual_N_H = middle[0].reshape(-1, language.config.hidden_size)[batch.visual_V]
         dense_loss, stats = targets.loss(heads, visual_N_H, knees)
         optimizer.zero_grad()
@@ -122,7 +135,14 @@ def train_jointly(
         nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
         optimizer.step()
         schedule.step()
-        on_step(step, {"answer": answer_loss.item(), **stats, **_probabilities(logps_N_T.detach(), data)})
+        on_step(
+            step,
+            {
+                "answer": -logps_N_T.detach().sum().item() / int(batch.mask_N_T.sum()),
+                **stats,
+                **_probabilities(logps_N_T.detach(), data),
+            },
+        )
     hook.remove()
 
 
