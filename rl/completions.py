@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,22 @@ import torch
 from rewards.suite import RewardRow
 from rl.task import Task
 from rollouts.types import Group
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """The G rollouts of one question with what they earned."""
+
+    example_index: int
+    group: Group
+    rows: list[RewardRow]
+    advantages_G: torch.Tensor
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether any completion did better than another."""
+        return bool(self.advantages_G.any())
+
 
 Record = dict[str, Any]
 """One row of the table, plain values only: ranks send them to each other."""
@@ -49,21 +66,6 @@ def completion_table(records: Sequence[Record], components: Iterable[str]) -> pl
     """The records as a table; a component that applies to none of them is a column of nulls."""
     scores = {f"reward/{name}": pl.Float64 for name in components}
     return pl.DataFrame(records, schema_overrides=scores, infer_schema_length=None)
-
-
-@dataclass(frozen=True)
-class ScoredGroup:
-    """The G rollouts of one question with what they earned."""
-
-    example_index: int
-    group: Group
-    rows: list[RewardRow]
-    advantages_G: torch.Tensor
-
-    @property
-    def has_signal(self) -> bool:
-        """Whether any completion did better than another."""
-        return bool(self.advantages_G.any())
 
 
 def write_completions(path: Path, table: pl.DataFrame) -> None:

@@ -29,7 +29,13 @@ from accelerate.utils import gather_object
 
 from rewards.suite import RewardSuite
 from rl.advantages import group_advantages
-from rl.completions import completion_records, completion_table, reward_metrics, write_completions
+from rl.completions import (
+    ScoredGroup,
+    completion_records,
+    completion_table,
+    reward_metrics,
+    write_completions,
+)
 from rl.config import Config, ConfigError
 from rl.loss import LossInputs, LossSettings, StepTotals, grpo_loss
 from rl.model import disable_dropout, load_policy, reference_adapter, save_adapter, trainable

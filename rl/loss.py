@@ -49,6 +49,7 @@ class StepTotals:
     tokens: int
     """Tokens with mask True."""
     microbatches: int
+    """Those with at least one group."""
 
 
 def grpo_loss(

@@ -84,11 +84,14 @@ def load_policy(
 
 def save_adapter(policy: PackedPolicy, folder: Path) -> None:
     """Write the trained adapter as a PEFT folder, complete or not at all."""
-    staging = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
+    staging, replaced = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    for leftover in (staging, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
     policy.model.save_pretrained(staging, selected_adapters=["default"], safe_serialization=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)  # not deleted yet: at every moment a complete adapter is on disk
     staging.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def disable_dropout(policy: nn.Module) -> None:
@@ -118,8 +121,8 @@ def _fresh_lora(config: Config) -> PeftLoraConfig:
 
 @contextmanager
 def reference_adapter(policy: PackedPolicy) -> Iterator[None]:
-    """Within it the policy is the one training started from."""
-    policy.model.set_adapter(REFERENCE)
+    """Within it the policy is the one training started from, frozen."""
+    policy.model.set_adapter(REFERENCE, inference_mode=True)
     try:
         yield
     finally:

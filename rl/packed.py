@@ -126,6 +126,7 @@ class _Builder:
         self.ids: list[int] = []
         self.lengths: list[int] = []
         self.positions: list[torch.Tensor] = []
+        self.visual: list[int] = []
         self.features: list[torch.Tensor] = []
         self.siblings: list[Siblings] = []
         self.completions: list[tuple[int, range]] = []  # (flat position of the parent's last token, own span)
@@ -146,14 +147,16 @@ class _Builder:
     def _place(self, node: Node, path: list[_Placed], next_position: int) -> _Placed:
         start = len(self.ids)
         span = range(start, start + len(node.token_ids))
-        visual = sum(1 for t in node.token_ids if t == self.visual_token_id)
-        rows = 0 if node.features_V_H is None else len(node.features_V_H)
-        if visual != rows:
-            raise ValueError(f"a node has {visual} visual tokens and {rows} feature rows")
-        if node.scored:
+        if node.scored:  # a visual token in a completion is one the model said: text
             if not path:
                 raise ValueError("a completion needs a prompt before it")
             self.completions.append((path[-1].span[-1], span))
+        else:
+            visual = [i for i, t in zip(span, node.token_ids, strict=True) if t == self.visual_token_id]
+            rows = 0 if node.features_V_H is None else len(node.features_V_H)
+            if len(visual) != rows:
+                raise ValueError(f"a node has {len(visual)} visual tokens and {rows} feature rows")
+            self.visual += visual
         if not span:
             return _Placed(-1, span, next_position)
         self.ids += node.token_ids
@@ -184,7 +187,7 @@ class _Builder:
             input_ids_L=ids,
             positions_3_L=torch.cat(self.positions, dim=1),
             features_V_H=torch.cat(self.features) if self.features else None,
-            visual_V=(ids == self.visual_token_id).nonzero().flatten(),
+            visual_V=torch.tensor(self.visual, dtype=torch.long),
             layout=Layout(tuple(self.lengths), tuple(self.siblings)),
             predictors_N_T=predictors,
             targets_N_T=targets,

@@ -23,6 +23,7 @@ from rl.task import Task
 from rl.training import (
     OnMetrics,
     RunFolder,
+    clip_gradients,
     last_checkpoint,
     load_optimizer,
     make_optimizer,
@@ -30,6 +31,7 @@ from rl.training import (
     warmup_then_constant,
     write_atomically,
 )
+from rollouts.requests import group_seed
 
 VALIDATION_STEP = 1_000_000_000
 """Sampler step the validation prompts are drawn at: the same ones after every epoch."""
@@ -62,7 +64,7 @@ class SFTTrainer:
     """State of a run: policy, optimizer, tasks, progress."""
 
     def __init__(self, config: Config, stage: str, on_metrics: OnMetrics) -> None:
-        self.settings, self.on_metrics = config.sft, on_metrics
+        self.settings, self.seed, self.on_metrics = config.sft, config.seed, on_metrics
         self.run = RunFolder(config, stage)
         self.train, self.val = Task(config, "train"), Task(config, "val")
         self.sampler = self.train.sampler(config.seed, balance=self.settings.balance)
@@ -104,10 +106,11 @@ class SFTTrainer:
             volumes = self.sampler.draw(
                 step, self.settings.volumes_per_step, self.settings.questions_per_volume
             )
+            torch.manual_seed(group_seed(self.seed, "dropout", step))  # a step run again is the same step
+            lr = float(self.schedule.get_last_lr()[0])
             loss = self._step(volumes)
             progress.seconds += time.perf_counter() - started
-            lr = self.schedule.get_last_lr()[0]
-            self._log({"step": step + 1, "loss": loss, "lr": float(lr), "seconds": progress.seconds})
+            self._log({"step": step + 1, "loss": loss, "lr": lr, "seconds": progress.seconds})
             if self._out_of_time():
                 break
         progress.epoch += 1
@@ -141,7 +144,7 @@ class SFTTrainer:
             nll, _ = completion_nll(self.policy, self.train, questions)
             torch.autograd.backward(nll / tokens)
             total += nll.item()
-        torch.nn.utils.clip_grad_norm_(trainable(self.policy), self.settings.max_grad_norm)
+        clip_gradients(trainable(self.policy), self.settings.max_grad_norm)
         self.optimizer.step()
         self.schedule.step()
         return total / tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -21,6 +21,7 @@ from rl.packed import Node
 from rollouts.cache import EmbeddingCache, embedding_recipe, open_store
 from rollouts.positions import mrope_positions
 from rollouts.prompts import PromptBuilder, check_length
+from rollouts.requests import ModelFacts
 from rollouts.types import Prompt
 from rollouts.vision import TowerSpec
 
@@ -45,8 +46,9 @@ class Task:
             feature_recipe(config, self.spec),
         )
         self.builder = PromptBuilder(self.tokenizer, reasoning_of(config))
-        vision = json.loads((self.model_path / "config.json").read_text(encoding="utf-8"))["vision_config"]
-        self._tokens_per_second = float(vision.get("tokens_per_second", 1.0))
+        self._tokens_per_second = ModelFacts.of(str(self.model_path)).tokens_per_second
+        # questions about a volume come one after another: it is read once, and they share it in memory
+        self._features = lru_cache(maxsize=1)(self.store.__getitem__)
 
     @cached_property
     def volume_ids(self) -> list[str]:
@@ -63,7 +65,7 @@ class Task:
     def prompt(self, index: int, max_new: int) -> Prompt:
         """Prompt of one example; refused when it and `max_new` tokens do not fit into the context."""
         example = self.examples[index]
-        prompt = self.builder.build(example, self.store[example.volume.volume_id])
+        prompt = self.builder.build(example, self._features(example.volume.volume_id))
         check_length(prompt, self.config.engine.max_model_len, max_new)
         return prompt
 

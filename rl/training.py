@@ -6,11 +6,12 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.tensorboard import SummaryWriter
@@ -34,6 +35,34 @@ def make_optimizer(
 def warmup_then_constant(optimizer: Optimizer, warmup_steps: int) -> LambdaLR:
     """Linear warm-up, then a constant rate: the length of a run need not be known in advance."""
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(warmup_steps, 1)))
+
+
+def clip_gradients(
+    parameters: Sequence[torch.nn.Parameter], max_norm: float, accelerator: Accelerator | None = None
+) -> float:
+    """Add up the gradients of all ranks, then scale them to at most `max_norm`. Returns their norm before.
+
+    The sum is one explicit reduction per optimizer step. A data-parallel wrapper counts on every rank running the
+    same forwards: here ranks differ in their number of micro-batches, one may have none, and the wrapper would
+    wait for ever. A parameter without a gradient counts as zero.
+
+    Raises:
+        FloatingPointError: the norm is NaN or infinite; no weight has moved yet.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if accelerator is not None and accelerator.num_processes > 1:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = accelerator.reduce(torch.cat([g.flatten() for g in grads]), reduction="sum")
+        for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(total.view_as(grad))
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"the gradient's norm is {norm}; lower the learning rate or check the rewards"
+        )
+    return norm
 
 
 class RunFolder:
@@ -124,7 +153,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def load_optimizer(checkpoint: Path, optimizer: Optimizer, schedule: LambdaLR) -> dict[str, Any]:
     """Restore optimizer and schedule; returns the checkpoint's state (`step` and extras)."""
-    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(saved["optimizer"])
     schedule.load_state_dict(saved["schedule"])
     state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))

@@ -44,12 +44,14 @@ class PromptSampler:
         self.volume_shares /= self.volume_shares.sum()
 
     def draw(self, step: int, volumes: int, questions_per_volume: int) -> list[list[int]]:
-        """Example indices for one step, one list per volume (fewer when a volume has fewer questions)."""
+        """Example indices for one step, one list per volume.
+
+        Nothing is drawn twice: there are fewer lists when there are fewer volumes, and a list is shorter when its
+        volume has fewer questions. (A question drawn twice in a step would be answered with the same seed.)
+        """
         rng = np.random.default_rng([self.seed, step])
-        available = int((self.volume_shares > 0).sum())
-        chosen = rng.choice(
-            len(self.members), size=volumes, replace=volumes > available, p=self.volume_shares
-        )
+        count = min(volumes, int((self.volume_shares > 0).sum()))
+        chosen = rng.choice(len(self.members), size=count, replace=False, p=self.volume_shares)
         return [self._questions(rng, self.members[v], questions_per_volume) for v in chosen]
 
     def _questions(self, rng: np.random.Generator, members: np.ndarray, count: int) -> list[int]:

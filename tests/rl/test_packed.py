@@ -27,7 +27,9 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def policy() -> PackedPolicy:
     """A small Qwen2.5-VL with a LoRA adapter whose B is not zero, in float64."""
     model = build_model(build_tokenizer([]), seed=0)
-    lora = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, exclude_modules=".*visual.*"))
+    lora = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, exclude_modules=".*visual.*")
+    )
     torch.manual_seed(1)
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:
@@ -100,8 +102,11 @@ def alone(policy: PackedPolicy, path: tuple[Node, ...], temperature: float = 1.0
     return logps[len(ids) - n - 1 : -1].gather(-1, torch.tensor(ids[len(ids) - n :])[:, None]).squeeze(-1)
 
 
-lengths = st.lists(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3), min_size=1, max_size=3),
-                   min_size=1, max_size=2).filter(lambda s: any(n for v in s for q in v for n in q))
+lengths = st.lists(
+    st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3), min_size=1, max_size=3),
+    min_size=1,
+    max_size=2,
+).filter(lambda s: any(n for v in s for q in v for n in q))
 
 
 @settings(max_examples=25, deadline=None)
@@ -143,11 +148,19 @@ def test_float32_stays_within_the_stated_tolerance(policy: PackedPolicy) -> None
 def test_plain_text_prompts_of_a_second_architecture_pack_the_same_way() -> None:
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
     )
     policy = PackedPolicy(Qwen3ForCausalLM(config).double())
-    root = Node([1, 2, 3], children=[Node([4, 5], children=[Node([6, 7, 8], scored=True), Node([9], scored=True)])])
+    root = Node(
+        [1, 2, 3], children=[Node([4, 5], children=[Node([6, 7, 8], scored=True), Node([9], scored=True)])]
+    )
     logps, entropies = policy(pack([root], visual_token_id=-1))
     policy.language_model.config._attn_implementation = "sdpa"
     for row, completion in enumerate(([6, 7, 8], [9])):
@@ -170,3 +183,14 @@ def test_features_that_do_not_match_the_visual_tokens_are_refused(policy: Packed
 def test_a_completion_without_a_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="needs a prompt"):
         pack([Node([1, 2], scored=True)], visual_token_id=-1)
+
+
+def test_a_visual_token_that_the_model_said_is_text(policy: PackedPolicy) -> None:
+    """Nothing keeps a model from sampling one; the engine embeds it like any other token."""
+    pad = policy.causal_lm.config.video_token_id
+    root = volume_node(policy, seed=0)
+    root.children = [Node([310], children=[Node([311, pad, 312], scored=True)])]
+    batch = pack([root], pad)
+    assert len(batch.visual_V) == 8
+    logps, _ = policy(batch)
+    assert (logps < 0).all()
