@@ -1,92 +1,148 @@
-"""The command `reasonknee`."""
+"""The command `reasonknee`.
+
+Imports of what a command does wait until it runs: torch and transformers take seconds to load, and neither `--help`
+nor a run whose stages are all done needs them.
+"""
 
 from __future__ import annotations
 
-import os
+import json
+import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.table import Table
 
+from rl.one_install import shadowing
+from rl.progress import clock
+from rl.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from rl.config import Config
+
+FAILED, INTERRUPTED, TERMINATED = 1, 130, 143
+
+
+class Commands(typer.core.TyperGroup):
+    """Shows errors that a user can put right in words; everything else is a bug and keeps its traceback."""
+
+    def invoke(self, context: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            Console(stderr=True).print("interrupted; run the same command again to go on")
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            from rl.errors import in_words
+
+            words = in_words(error)
+            if words is None:
+                raise
+            Console(stderr=True, highlight=False).print(
+                f"error: {words}", style="red", markup=False, soft_wrap=True
+            )
+            raise typer.Exit(FAILED) from error
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
-    help="GRPO with verifiable rewards for 3D medical vision-language models. Research software, not for clinical use.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="GRPO with verifiable rewards for 3D medical vision-language models: 3DReasonKnee, ReasonKnee-Bench. "
+    "Research software, not for clinical use.",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Look at a dataset.")
 app.add_typer(data_app, name="data")
 
 DEFAULT_CONFIG = Path("configs/demo.yaml")
-ConfigFile = Annotated[Path, typer.Option("--config", help="YAML file; see configs/ for recipes.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Config overrides.")]
-Again = Annotated[bool, typer.Option("--again", help="Do it even when nothing has changed, from the beginning.")]
-
-# Imports of the stages wait until a command runs: torch and transformers take seconds, and `--help` should not.
+ConfigFile = Annotated[Path, typer.Option("--config", metavar="FILE", help="Recipe; configs/ has some.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="key=value", help="Settings of the recipe to override, e.g. grpo.max_steps=100."
+    ),
+]
+Again = Annotated[
+    bool,
+    typer.Option(
+        "--again", help="Begin anew, even when nothing has changed; former results are moved to old/."
+    ),
+]
 
 
 @app.command()
 def demo(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None, again: Again = False) -> None:
-    """The whole path: phantoms, embeddings, SFT, GRPO, benchmark, comparison. Finished stages are skipped."""
+    """The whole path: phantoms, embeddings, SFT, GRPO, benchmark, comparison.
+
+    Stages whose settings and files have not changed are skipped; an interrupted one goes on. Results that are out of
+    date are moved to RUN_DIR/old/, never deleted.
+    """
     loaded = _load(config, overrides)
-    from rl.pipeline import STAGES
-    from rl.stages import run_stage
+    from rl.stages import STAGES, run_stage
 
     console = Console(highlight=False)
-    table = Table("stage", "time", title="time of each stage")
+    table = Table("stage", "time", title="time of each stage", title_justify="left")
     started = time.monotonic()
     for number, stage in enumerate(STAGES.values(), start=1):
-        console.rule(f"{number}/{len(STAGES)} {stage.name}")
-        seconds = run_stage(loaded, stage, again=again)
+        console.rule(f"{number}/{len(STAGES)} {stage.title}", align="left")
+        seconds = run_stage(loaded, stage, again=again, outdated="move")
         if seconds is None:
             console.print("nothing has changed: skipped")
-        table.add_row(stage.name, "skipped" if seconds is None else _clock(seconds))
-    table.add_row("total", _clock(time.monotonic() - started), style="bold")
+        table.add_row(stage.title, "skipped" if seconds is None else clock(seconds))
+    table.add_row("total", clock(time.monotonic() - started), style="bold")
     console.print(table)
-    console.print(f"report: {Path(loaded.run_dir) / 'report.html'}")
+    results = json.loads((Path(loaded.run_dir) / "results.json").read_text(encoding="utf-8"))
+    console.print(f"\n{results['verdict']}\n\nreport: {Path(loaded.run_dir) / 'report.html'}", markup=False)
 
 
 @app.command()
 def phantom(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None, again: Again = False) -> None:
-    """Write knee phantoms in the released dataset's on-disk layout."""
+    """Write knee phantoms in the released dataset's on-disk layout, into phantom.out_dir."""
     _stage("phantom", config, overrides, again)
 
 
 @app.command()
 def base(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None) -> None:
     """Train the small stand-in base model that ships with the package (real users skip this)."""
-    loaded = _load(config, overrides)
-    from rl.pipeline import base as train
+    loaded = _load(config, overrides, needs_model=False)
+    from rl.pipeline import run_base
     from rl.progress import StageProgress
 
+    started = time.monotonic()
     with StageProgress("base") as progress:
-        train(loaded, progress)
+        summary = run_base(loaded, progress)
+        progress.log(f"base: {summary} ({clock(time.monotonic() - started)})")
 
 
 @app.command()
-def embed(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None, again: Again = False) -> None:
-    """Put every volume through the vision tower once, into the cache on disk."""
-    _stage("embed", config, overrides, again)
+def embed(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None) -> None:
+    """Put every volume through the vision tower once, into the cache on disk; what is there is checked and kept."""
+    _stage("embed", config, overrides)
 
 
 @app.command()
 def sft(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None, again: Again = False) -> None:
-    """LoRA SFT over the cached features; the best adapter by validation loss is kept."""
+    """LoRA SFT over the cached features; the best adapter by validation loss is kept. Goes on if interrupted."""
     _stage("sft", config, overrides, again)
 
 
 @app.command()
 def grpo(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None, again: Again = False) -> None:
-    """GRPO from the SFT adapter, in one process; `launch` runs the same job under Ray."""
+    """GRPO from the SFT adapter, in one process; goes on if interrupted. `launch` runs the same job under Ray."""
     _stage("grpo", config, overrides, again)
 
 
 @app.command(name="eval")
 def evaluate(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None, again: Again = False) -> None:
-    """The benchmark on held-out patients for base, SFT and GRPO, next to two baselines."""
+    """The benchmark on held-out patients for base, SFT and GRPO, next to two baselines that never see the image."""
     loaded = _stage("eval", config, overrides, again)
     from rl.bench.console import print_tables
     from rl.bench.metrics import grade_run, tables
@@ -97,26 +153,23 @@ def evaluate(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None, a
 
 @app.command()
 def compare(
-    a: Annotated[str, typer.Argument(help="SFT, GRPO, base, baseline, or the folder of a run.")],
-    b: Annotated[str, typer.Argument(help="The run that is compared with it.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="SFT, GRPO, base, baseline, or the folder of a run.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The run that is compared with it.")],
     config: ConfigFile = DEFAULT_CONFIG,
     overrides: Overrides = None,
 ) -> None:
-    """Paired differences with patient-level intervals, a verdict in words, and report.html."""
-    loaded = _load(config, overrides)
-    from rl.pipeline import comparison
-    from rl.progress import StageProgress
-
-    with StageProgress("comparison") as progress:
-        comparison(loaded, progress, a, b)
+    """Paired differences of B against A with patient-level intervals, a verdict in words, and report.html."""
+    _stage("compare", config, overrides, compared=(a, b))
 
 
 @app.command()
 def launch(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Recipe; configs/ has some.")],
     overrides: Overrides = None,
     address: Annotated[str, typer.Option(help="Ray cluster; default: a local one is started.")] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the placement and check that it fits.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the placement and check that it fits.")
+    ] = False,
 ) -> None:
     """GRPO under Ray: engines and training workers on the cluster's CPUs and GPUs."""
     given = [*(overrides or []), *([f"ray.address={address}"] if address else [])]
@@ -128,54 +181,62 @@ def launch(
 
 @data_app.command()
 def check(
-    root: Annotated[str, typer.Option(help="Folder in the released layout; default: the config's data.root.")] = "",
-    config: ConfigFile = DEFAULT_CONFIG,
+    root: Annotated[
+        str,
+        typer.Option(metavar="DIR", help="Folder in the released layout; default: the recipe's data.root."),
+    ] = "",
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="Recipe whose data section is used.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Counts, missing and broken files, unreadable truths, patients in two splits, the box convention."""
-    loaded = _load(config, [*(overrides or []), *([f"data.root={root}"] if root else [])])
+    """Counts, missing and broken files, unreadable truths, patients in two splits, the box convention.
+
+    Exit code 1 when something is wrong.
+    """
+    if not root and config is None:
+        raise typer.BadParameter("give --root DIR, or --config FILE whose data.root is the folder")
+    loaded = _load(config, [*(overrides or []), *([f"data.root={root}"] if root else [])], needs_model=False)
     from rl.data.check import run_check
 
     raise typer.Exit(run_check(loaded))
 
 
-def _stage(name: str, config: Path, overrides: list[str] | None, again: bool):  # type: ignore[no-untyped-def]
-    loaded = _load(config, overrides)
-    from rl.pipeline import STAGES
-    from rl.stages import run_stage
+def _stage(
+    name: str,
+    config: Path,
+    overrides: list[str] | None,
+    again: bool = False,
+    compared: tuple[str, str] | None = None,
+) -> Config:
+    """Run one stage; `compared` names the two runs of `compare`."""
+    loaded = _load(config, overrides, needs_model=name != "phantom")
+    from rl.stages import STAGES, comparison_of, run_stage
 
-    seconds = run_stage(loaded, STAGES[name], again=again)
-    done = "nothing has changed: skipped (--again to do it over)" if seconds is None else f"done in {_clock(seconds)}"
-    Console(highlight=False).print(f"{name}: {done}")
+    stage = comparison_of(*compared) if compared else STAGES[name]
+    if run_stage(loaded, stage, again=again, skip=not stage.looks_itself) is None:
+        Console(highlight=False).print(
+            f"{stage.title}: nothing has changed since it finished; skipped (--again)"
+        )
     return loaded
 
 
-def _load(path: Path, overrides: list[str] | None):  # type: ignore[no-untyped-def]
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+def _load(path: Path | None, overrides: list[str] | None, *, needs_model: bool = True) -> Config:
     from rl.config import load_config
     from rl.config_check import validate
-    from rl.environment import check_one_install
 
-    check_one_install()
-    config = load_config(path, overrides or [])
-    validate(config)
-    return config
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d} min"
+    loaded = load_config(path, overrides or [])
+    validate(loaded, needs_model=needs_model)
+    return loaded
 
 
 def main() -> None:
-    """Entry point: errors that name their remedy are printed without a traceback."""
-    from rl.errors import expected_errors
-
-    try:
-        app()
-    except expected_errors() as error:
-        Console(stderr=True, highlight=False).print(f"error: {error}", style="red", markup=False)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted")
-        sys.exit(130)
+    """Entry point of the command."""
+    problem = shadowing()
+    if problem:
+        sys.exit(f"error: {problem}")
+    quiet_libraries()
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED)
+    )  # ends what was started, then goes
+    app()

@@ -6,19 +6,16 @@ GRPO fields carry TRL's names. Every field says its unit; defaults follow the pa
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from rewards.errors import ReasonKneeError
 from rl.config_keys import unknown_keys
-
-
-class ConfigError(ReasonKneeError, ValueError):
-    """The configuration cannot be used as given; the message names the field, the value and the remedy."""
+from rl.config_layers import ConfigError, in_one_line, read_file, read_override
 
 
 @dataclass
@@ -351,32 +348,31 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
         ConfigError: unreadable file, unknown key (the nearest known key is named), or a value of the wrong type.
     """
     merged: Any = OmegaConf.structured(Config)
-    layers: list[tuple[str, Any]] = []
-    if path is not None:
-        if not path.is_file():
-            raise ConfigError(f"config file {path} does not exist")
-        layers.append((str(path), OmegaConf.load(path)))
-    for item in overrides or []:
-        if "=" not in item:
-            raise ConfigError(f"override {item!r} is not of the form key=value")
-        layers.append((f"override {item!r}", OmegaConf.from_dotlist([item])))
+    layers = [] if path is None else [(str(path), read_file(path))]
+    layers += [(f"override {item!r}", read_override(item)) for item in overrides or []]
     for origin, layer in layers:
         _refuse_unknown_keys(layer, origin)
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{origin}: {error}") from error
+            raise ConfigError(f"{origin}: {in_one_line(error)}") from error
     try:
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:  # a value without default is not given, or a reference fails
-        raise ConfigError(f"{path or 'configuration'}: {error}") from error
+    except MissingMandatoryValue as error:
+        raise ConfigError(
+            f"{error.full_key} is not set; write it into the recipe, or add {error.full_key}=VALUE to the command"
+        ) from error
+    except OmegaConfBaseException as error:  # a reference that fails
+        raise ConfigError(f"{path or 'configuration'}: {in_one_line(error)}") from error
     assert isinstance(config, Config)
     return config
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config as YAML."""
-    OmegaConf.save(OmegaConf.structured(config), path)
+    """Write the resolved config as YAML, under a temporary name first."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    staging.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    staging.replace(path)
 
 
 def _refuse_unknown_keys(layer: Any, origin: str) -> None:

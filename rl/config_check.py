@@ -119,8 +119,11 @@ def cache_bytes(config: Config, geometry: VisionGeometry, volumes: int, bytes_pe
     return math.prod(visual_grid(config, geometry)) * geometry.hidden_size * bytes_per_number * volumes
 
 
-def validate(config: Config) -> None:
+def validate(config: Config, *, needs_model: bool = True) -> None:
     """Check every cross-field rule.
+
+    Args:
+        needs_model: False for what needs no model (phantoms, the check of a dataset): it need not be there.
 
     Raises:
         ConfigError: names every field at fault, its value and what would be legal.
@@ -136,7 +139,7 @@ def validate(config: Config) -> None:
         *_ray(config),
         *_compare_and_phantom(config),
     ]
-    if not problems:  # the grid is only meaningful once its parts are
+    if needs_model and not problems:  # the grid is only meaningful once its parts are
         problems += [*_geometry(config)]
     if problems:
         raise ConfigError(

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-import rewards
-import rollouts
 from rl.config import ConfigError
 
 PACKAGES = (
@@ -69,25 +67,6 @@ def pick_dtype(requested: str, device: torch.device) -> torch.dtype:
     if requested not in dtypes:
         raise ConfigError(f"model.dtype is {requested!r}: use {', '.join(dtypes)}")
     return dtypes[requested]
-
-
-def check_one_install() -> Path:
-    """The folder that `rl`, `rollouts` and `rewards` are imported from, checked to be one and the same.
-
-    Their names are common: a `rewards/` in the working directory of a user, or of Ray, can come first on the path.
-
-    Raises:
-        ConfigError: a package comes from somewhere else; the message names the path.
-    """
-    home = Path(__file__).resolve().parents[1]
-    for package in (rollouts, rewards):
-        found = Path(package.__file__ or "").resolve().parents[1]
-        if found != home:
-            raise ConfigError(
-                f"the package {package.__name__!r} was imported from {found}, but 'rl' from {home}: a folder of that "
-                "name shadows it; rename it, or run from another directory"
-            )
-    return home
 
 
 def describe_environment(seed: int | None = None) -> dict[str, Any]:

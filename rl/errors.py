@@ -1,36 +1,30 @@
-"""The errors that tell a user what to do: shown as one line, without a traceback."""
+"""Which exceptions are the user's to put right: shown in a few words, without a traceback."""
 
 from __future__ import annotations
 
+import errno
+
+from rewards.errors import ReasonKneeError
+
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_ABOUT_A_PATH = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+
 
 def expected_errors() -> tuple[type[Exception], ...]:
-    """Every error class of the package whose message names the remedy; imported late, because torch is slow."""
-    from rewards.suite import RewardError
-    from rl.bench.answers import RunError
-    from rl.config import ConfigError
-    from rl.data.layout import DataError
-    from rl.probe import AgreementError
-    from rollouts.adapters import AdapterError
-    from rollouts.cache import CacheError
-    from rollouts.embed import EmbedError
-    from rollouts.prompts import PromptError
-    from rollouts.types import EngineError
-    from rollouts.vision import TowerError
-    from rollouts.volumes import ViewError, VolumeError
+    """What may be caught and shown in words."""
+    return (ReasonKneeError, OSError)
 
-    return (
-        AdapterError,
-        AgreementError,
-        CacheError,
-        ConfigError,
-        DataError,
-        EmbedError,
-        EngineError,
-        OSError,
-        PromptError,
-        RewardError,
-        RunError,
-        TowerError,
-        ViewError,
-        VolumeError,
-    )
+
+def in_words(error: BaseException) -> str | None:
+    """The message for the user; None when the error is a bug, whose traceback is worth more."""
+    if isinstance(error, ReasonKneeError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return f"{_named(error)}; free space, or set run_dir to another disk, and run again: what was finished is kept"
+    if isinstance(error, _ABOUT_A_PATH) and error.filename:
+        return _named(error)
+    return None
+
+
+def _named(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,11 +14,16 @@ from rl.bench.baselines import BASELINE_MODEL, baseline_rows, fit_baselines
 from rl.config import Config, ConfigError
 from rl.data.examples import Examples, load_examples
 from rl.data.layout import Split
+from rl.stage_inputs import Inputs
+from rl.stages import eval_inputs, read_record, write_record
 from rl.task import Task, reader_of, reasoning_of
 from rollouts.types import Engine, Sampling
 
 PROMPTS_PER_CALL = 512
 """Prompts handed to the engine at once: enough to fill it, few enough to show progress."""
+
+RECORD = "made-from.json"
+"""Beside a run's answers: what they were made from."""
 
 OnProgress = Callable[[int, int], None]
 """Called with (answers done, answers in all)."""
@@ -37,6 +43,7 @@ def evaluate(
         name: how tables call this run.
         adapter: PEFT folder; None for the bare base model.
     """
+    started = time.monotonic()
     task = Task(config, split_of(config))
     examples = limited(config, task.examples)
     engine.load_adapter(adapter)
@@ -51,7 +58,18 @@ def evaluate(
             rows.append(answer_row(task.examples[i], rollout.text, rollout.finish_reason, reader_of(config)))
         on_progress(part.stop, len(examples))
     meta = run_meta(config, name, config.model.path, str(adapter) if adapter else None, examples)
-    return write_run(folder, rows, meta)
+    run = write_run(folder, rows, meta)
+    write_record(folder / RECORD, _inputs(config, adapter), done=True, seconds=time.monotonic() - started)
+    return run
+
+
+def is_current(config: Config, adapter: Path | None, folder: Path) -> bool:
+    """Whether `folder` holds this model's answers, to these questions and with these settings."""
+    return read_record(folder / RECORD) == (_inputs(config, adapter), True)
+
+
+def _inputs(config: Config, adapter: Path | None) -> Inputs:
+    return eval_inputs(config, {"this run": adapter} if adapter else {})
 
 
 def evaluate_baselines(config: Config, folder: Path) -> BenchRun:

@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rl.config import ConfigError
-from rl.environment import check_one_install
+from rl.one_install import check_one_install
 
 PACKAGES = ("rl", "rollouts", "rewards")
 DISTRIBUTION = "reasonknee-rl"

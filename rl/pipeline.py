@@ -1,7 +1,11 @@
-"""What each stage does. The CLI and the demo run these; `rl.stages` decides which need running."""
+"""What each stage does. The CLI, the demo and `rl.launch` run these; `rl.stages` decides which need running.
+
+Every function takes the config and a progress bar and returns what came out and where it is.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -14,48 +18,51 @@ from rl.config import Config, ConfigError
 from rl.data.boxes import parse_convention
 from rl.data.check import require_best_convention
 from rl.data.examples import load_examples
-from rl.data.layout import split_file
+from rl.data.layout import SPLITS, read_split, split_file
 from rl.data.phantom.dataset import write_phantom
 from rl.engine import start_engine
-from rl.environment import pick_device, pick_dtype
-from rl.evaluate import evaluate, evaluate_baselines
+from rl.environment import pick_device
+from rl.evaluate import evaluate, evaluate_baselines, is_current
 from rl.grpo import train_grpo
 from rl.model import resolve_model
 from rl.progress import StageProgress
 from rl.sft import train_sft
-from rl.stages import Stage
+from rl.stages import STAGES, move_aside, require_finished, sft_adapter, trained_adapters
 from rl.task import feature_dtypes
 from rollouts.cache import EmbeddingCache
 from rollouts.embed import embed_examples
 from rollouts.vision import VisionTower
 
+__all__ = ["BASE", "BASELINE", "GRPO", "SFT", "STAGES"]
+
 BASELINE, BASE, SFT, GRPO = "baseline", "base", "SFT", "GRPO"
 """Names of the runs `eval` makes."""
 
 
-def phantom(config: Config, progress: StageProgress) -> None:
+def run_phantom(config: Config, progress: StageProgress) -> str:
     """Write the phantom dataset."""
-    write_phantom(config, lambda done, total: progress.update(done, total, "visits"))
+    root = write_phantom(config, lambda done, total: progress.update(done, total, "patients"))
+    rows = [row for split in SPLITS for row in read_split(root, split)]
+    return f"{len(rows)} knees of {len({row.patient_id for row in rows})} patients in {root}"
 
 
-def base(config: Config, progress: StageProgress) -> None:
+def run_base(config: Config, progress: StageProgress) -> str:
     """Train the stand-in base model from nothing."""
-    train_base(config, progress.update)
+    return f"base model in {train_base(config, progress.update)}"
 
 
-def embed(config: Config, progress: StageProgress) -> None:
+def run_embed(config: Config, progress: StageProgress) -> str:
     """Every volume of the three splits through the vision tower, once."""
     compute, storage = feature_dtypes(config)
-    tower = VisionTower(resolve_model(config.model.path), pick_device(config.model.device), compute)
     volumes = [
         volume
-        for split in ("train", "val", "test")
+        for split in SPLITS
         if split_file(Path(config.data.root), split).exists()
         for volume in load_examples(config, split).volumes().values()
     ]
-    embed_examples(
+    keys = embed_examples(
         volumes,
-        tower,
+        VisionTower(resolve_model(config.model.path), pick_device(config.model.device), compute),
         EmbeddingCache(config.embed.cache_dir),
         config.view,
         axes=parse_convention(config.data.box_convention).axes,
@@ -63,63 +70,99 @@ def embed(config: Config, progress: StageProgress) -> None:
         progress=lambda done, total: progress.update(done, total, "volumes"),
         log=progress.log,
     )
+    return f"features of {len(keys)} volumes in {config.embed.cache_dir}"
 
 
-def sft(config: Config, progress: StageProgress) -> None:
+def run_sft(config: Config, progress: StageProgress) -> str:
     """LoRA SFT from the base."""
     require_best_convention(config)
-    best = float("inf")
 
     def show(record: dict[str, float]) -> None:
-        nonlocal best
         if "val_loss" in record:
-            best = min(best, record["val_loss"])
-            progress.log(
-                f"epoch {record['epoch']:.0f}: validation loss {record['val_loss']:.4f} (best {best:.4f})"
-            )
+            progress.log(f"epoch {record['epoch']:.0f}: validation loss {record['val_loss']:.4f}")
         else:
-            progress.update(int(record["step"]), int(record["steps"]), f"at most; loss {record['loss']:.3f}")
+            progress.update(
+                int(record["step"]), int(record["steps"]), f"steps at most, loss {record['loss']:.3f}"
+            )
 
-    train_sft(config, show)
+    adapter = train_sft(config, show)
+    summary = json.loads((adapter.parent / "summary.json").read_text(encoding="utf-8"))
+    return (
+        f"validation loss {summary['best_loss']:.4f} after epoch {summary['best_epoch']} of {summary['epoch']}; "
+        f"adapter in {adapter}"
+    )
 
 
-def grpo(config: Config, progress: StageProgress) -> None:
+def require_sft(config: Config) -> None:
+    """Refuse to start GRPO from an adapter that is missing or half-trained.
+
+    Raises:
+        ConfigError: there is none.
+        StageError: SFT has not finished.
+    """
+    adapter = sft_adapter(config)
+    if not config.grpo.init_adapter:
+        require_finished(config, "sft", "run `reasonknee sft` to let it go on, or name a grpo.init_adapter")
+    if not adapter.is_dir():
+        raise ConfigError(
+            f"GRPO starts from an SFT adapter and {adapter} does not exist; run `reasonknee sft` first"
+        )
+
+
+def run_grpo(config: Config, progress: StageProgress) -> str:
     """GRPO from the SFT adapter, in this process, with an engine of its own."""
+    require_sft(config)
     require_best_convention(config)
-
-    def show(record: dict[str, float]) -> None:
-        parts = [f"reward {record['reward']:.3f}"]
-        parts += [
-            f"{k.removeprefix('reward/')} {v:.3f}" for k, v in record.items() if k.startswith("reward/")
-        ]
-        progress.update(int(record["step"]), int(record["steps"]), "  ".join(parts))
-
+    progress.log(f"starting the {config.engine.kind} engine")
     engine = start_engine(config)
     try:
-        train_grpo(config, engine, Accelerator(cpu=pick_device(config.model.device).type == "cpu"), show)
+        adapter = train_grpo(
+            config,
+            engine,
+            Accelerator(cpu=pick_device(config.model.device).type == "cpu"),
+            lambda record: show_grpo(record, progress),
+        )
     finally:
         engine.close()
+    return f"adapter in {adapter}; curves: tensorboard --logdir {adapter.parent}"
 
 
-def evaluation(config: Config, progress: StageProgress) -> None:
+def show_grpo(record: dict[str, float], progress: StageProgress) -> None:
+    """A step's rewards on the bar."""
+    names = [name for name in record if name.startswith("reward/")]
+    rewards = [f"{name.removeprefix('reward/')} {record[name]:.3f}" for name in names]
+    note = "  ".join([f"reward {record['reward']:.3f}", *rewards])
+    progress.update(int(record["step"]), int(record["steps"]), note)
+
+
+def run_eval(config: Config, progress: StageProgress) -> str:
     """The benchmark for base, SFT and GRPO (those that exist), next to the baselines."""
-    run_dir = Path(config.run_dir)
-    adapters: dict[str, Path | None] = {BASE: None}
-    for name in (SFT, GRPO):
-        trained = run_dir / name.lower() / "adapter"
-        if trained.is_dir():
-            adapters[name] = trained
-    evaluate_baselines(config, run_dir / "eval" / BASELINE)
-    engine = start_engine(config)
-    try:
-        for number, (name, adapter) in enumerate(adapters.items()):
+    folder = Path(config.run_dir) / "eval"
+    evaluate_baselines(config, folder / BASELINE)
+    adapters: dict[str, Path | None] = {BASE: None, **trained_adapters(config)}
+    wanted = {
+        name: adapter for name, adapter in adapters.items() if not is_current(config, adapter, folder / name)
+    }
+    for name in adapters.keys() - wanted.keys():
+        progress.log(f"{name}: has answered already, with the same model, data and settings")
+    if wanted:
+        progress.log(f"starting the {config.engine.kind} engine")
+        engine = start_engine(config)
+        try:
+            for number, (name, adapter) in enumerate(wanted.items()):
 
-            def show(done: int, total: int, number: int = number, name: str = name) -> None:
-                progress.update(number * total + done, len(adapters) * total, name)
+                def show(done: int, total: int, number: int = number, name: str = name) -> None:
+                    progress.update(number * total + done, len(wanted) * total, name)
 
-            evaluate(config, engine, name, adapter, run_dir / "eval" / name, show)
-    finally:
-        engine.close()
+                if (folder / name).exists():
+                    moved = move_aside(Path(config.run_dir), "eval", [folder / name])
+                    progress.log(
+                        f"{name}: former answers, of another model or other settings, are now in {moved}"
+                    )
+                evaluate(config, engine, name, adapter, folder / name, show)
+        finally:
+            engine.close()
+    return f"answers of {', '.join([BASELINE, *adapters])} in {folder}"
 
 
 def read_runs(config: Config) -> dict[str, BenchRun]:
@@ -131,17 +174,23 @@ def read_runs(config: Config) -> dict[str, BenchRun]:
     return {name: read_run(folder / name) for name in names}
 
 
-def comparison(config: Config, progress: StageProgress, a: str = SFT, b: str = GRPO) -> None:
-    """Paired comparison of two runs, verdict and report."""
+def run_compare(config: Config, progress: StageProgress, a: str = SFT, b: str = GRPO) -> str:
+    """Paired comparison of two runs, verdict and report.
+
+    Args:
+        a, b: names of runs of this folder, or folders of other runs.
+    Raises:
+        ConfigError: there is no such run.
+    """
     runs = read_runs(config)
     for name in (a, b):
         if name not in runs:
-            path = Path(name)
-            if not (path / "run.json").exists():
+            if not (Path(name) / "run.json").exists():
                 raise ConfigError(
-                    f"no run {name!r}: it is none of {', '.join(runs)} and no folder with a run.json"
+                    f"no run {name!r}: use one of {', '.join(runs)}, or a folder that holds a run.json"
                 )
-            runs[name] = read_run(path)
+            runs[name] = read_run(Path(name))
+    progress.log(f"resampling patients {config.compare.bootstrap_draws:,} times")
     result = compare(runs[a], runs[b], config.compare, config.seed)
     metrics = Path(config.run_dir) / "grpo" / "metrics.jsonl"
     report = write_report(
@@ -151,27 +200,4 @@ def comparison(config: Config, progress: StageProgress, a: str = SFT, b: str = G
         metrics if metrics.exists() else None,
         parse_convention(config.data.box_convention).axes,
     )
-    progress.log(f"\n{verdict(result)}\n\nreport: {report}")
-
-
-_DATA = ("data", "view", "model", "embed")
-
-STAGES = {
-    stage.name: stage
-    for stage in (
-        Stage("phantom", "phantoms", phantom, ("phantom",), outputs=()),
-        Stage("embed", "embed", embed, _DATA, after=("phantom",)),
-        Stage("sft", "SFT", sft, (*_DATA, "sft"), after=("embed",), outputs=("sft",)),
-        Stage("grpo", "GRPO", grpo, (*_DATA, "rewards", "grpo", "engine"), after=("sft",), outputs=("grpo",)),
-        Stage(
-            "eval",
-            "benchmark",
-            evaluation,
-            (*_DATA, "rewards", "eval"),
-            after=("sft", "grpo"),
-            outputs=("eval",),
-        ),
-        Stage("compare", "comparison", comparison, ("compare",), after=("eval",), outputs=("report.html",)),
-    )
-}
-"""Every stage of the demo, in order. `base` is not among them: its result ships with the package."""
+    return f"{verdict(result)}\nreport: {report}"

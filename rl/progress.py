@@ -6,7 +6,14 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -24,12 +31,16 @@ class StageProgress:
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
             disable=not self.console.is_terminal,
+            transient=True,
+            speed_estimate_period=600,
         )
         self._task = self._bar.add_task(title, total=None, note="")
-        self._started = self._printed = time.monotonic()
+        self._printed = time.monotonic()
+        self._first: tuple[float, int] | None = None
+        """When the first report came, and what was done by then: a run that goes on does not begin at 0."""
 
     def __enter__(self) -> StageProgress:
         self._bar.start()
@@ -42,13 +53,27 @@ class StageProgress:
 
     def update(self, done: int, total: int, note: str = "") -> None:
         """`done` of `total` units are finished."""
-        self._bar.update(self._task, completed=done, total=total, note=note)
         now = time.monotonic()
-        if not self.console.is_terminal and (now - self._printed >= SECONDS_BETWEEN_LINES or done == total):
-            self._printed = now
-            left = (now - self._started) / max(done, 1) * (total - done)
-            self.console.print(f"{self.title}: {done}/{total}, ETA {left:.0f} s  {note}")
+        self._bar.update(self._task, completed=done, total=total, note=note)
+        if self._first is None:
+            self._first = (now, done)
+        if self.console.is_terminal or (now - self._printed < SECONDS_BETWEEN_LINES and done != total):
+            return
+        self._printed = now
+        started, before = self._first
+        left = f", ETA {clock((now - started) / (done - before) * (total - done))}" if done > before else ""
+        self.log(f"{self.title}: {done}/{total}{left if done < total else ''}  {note}".rstrip())
 
     def log(self, text: str) -> None:
         """A line above the bar."""
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def clock(seconds: float) -> str:
+    """A duration to read: `8 s`, `3 min 05 s`, `2 h 10 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -16,7 +16,8 @@ import ray.train
 from accelerate import Accelerator
 
 from rl.config import Config, ConfigError
-from rl.environment import check_one_install, pick_device
+from rl.environment import pick_device
+from rl.one_install import check_one_install
 from rl.terminal import connected_to
 from rollouts.actor import EngineLocation
 from rollouts.pool import EnginePool
@@ -31,8 +32,6 @@ class Job:
     """Returns an engine that is ready; called in each engine's actor."""
     train: Callable[..., Any]
     """`train(config, engine, accelerator, on_metrics)`, called on every rank."""
-    check: Callable[[Config], None]
-    """Called on the driver before anything is started."""
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,37 @@
-"""The stages of a run, and which of them need doing.
+"""The stages of a run: what each depends on, whether it needs doing, and what becomes of its former results.
 
-Each stage leaves a record in `<run_dir>/stages/` with a hash of what went into it: its part of the config, the data
-files, and the records of the stages before it. With the same hash a finished stage is skipped and an interrupted one
-goes on; with another hash its old outputs are removed first.
+A stage leaves a record of its inputs (`rl.stage_inputs`) and whether it came to its end. With the same inputs a
+finished stage is skipped and an interrupted one goes on from its last checkpoint. With other inputs its results are
+out of date; they may have taken days, so nothing is ever deleted: a stage asked for by name refuses and says what
+has changed, `--again` and the demo move them to `<run_dir>/old/` and begin anew.
+
+The stages' functions are in `rl.pipeline`, imported when one has to run: torch takes seconds to load.
 """
 
 from __future__ import annotations
 
-import hashlib
+import importlib
 import json
-import shutil
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from rl.config import Config, ConfigError, save_config
-from rl.progress import StageProgress
-from rl.training import write_atomically
+from rewards.errors import ReasonKneeError
+from rl import stage_inputs as inputs
+from rl.config import Config, save_config
+from rl.progress import StageProgress, clock
+from rl.quiet import quiet_bars
+from rl.stage_inputs import Inputs
 
-Run = Callable[[Config, StageProgress], None]
+Run = Callable[[Config, StageProgress], str | None]
+"""Does a stage. Returns what came out and where it is, one line or more."""
+
+
+class StageError(ReasonKneeError, RuntimeError):
+    """A stage cannot be done as things are; the message says what has changed, or what to do first."""
 
 
 @dataclass(frozen=True)
@@ -30,76 +40,221 @@ class Stage:
 
     name: str
     title: str
-    run: Run
-    sections: tuple[str, ...]
-    """Config sections the result depends on."""
-    after: tuple[str, ...] = ()
-    """Stages whose outputs it reads."""
-    outputs: tuple[str, ...] = ()
-    """Paths under `run_dir` that it owns: removed when its inputs change, looked for before it is skipped."""
+    inputs: Callable[[Config], Inputs]
+    results: Callable[[Config], list[Path]]
+    """What it leaves: all are looked for before it is skipped."""
+    costly: bool = False
+    """Former results are never written over: moved aside when the inputs have changed, or refused."""
+    kept_when_again: bool = False
+    """Moved aside by `--again`; the others write over what they made."""
+    looks_itself: bool = False
+    """Asked for by name, it always runs: it finds out in seconds what is left to do."""
+    run: Run | None = None
+    """None: `rl.pipeline.run_<name>`."""
 
 
-def run_stage(config: Config, stage: Stage, *, again: bool = False) -> float | None:
-    """Do a stage unless it is done. Returns its seconds, None when it was skipped.
+def run_stage(
+    config: Config,
+    stage: Stage,
+    *,
+    again: bool = False,
+    outdated: Literal["refuse", "move"] = "refuse",
+    skip: bool = True,
+) -> float | None:
+    """Do a stage unless it is done, and print what came out. Returns its seconds, None when it was skipped.
 
     Args:
-        again: do it even when nothing has changed, from the beginning.
+        again: begin anew even when nothing has changed; former results are moved to `<run_dir>/old/`.
+        outdated: what to do with results of a costly stage that were made from other inputs.
+        skip: False runs it even when it is done.
+    Raises:
+        StageError: there are results made from other inputs, and `outdated` is "refuse".
     """
-    run_dir = Path(config.run_dir)
-    record_path = _record_path(config, stage.name)
-    fingerprint = _fingerprint(config, stage)
-    record = _read(record_path)
-    owned = [run_dir / output for output in stage.outputs]
-    same = record is not None and record["fingerprint"] == fingerprint and not again
-    if same and record is not None and record["done"] and all(path.exists() for path in owned):
+    now = stage.inputs(config)
+    record_path = _record_path(config, stage)
+    before, done = read_record(record_path)
+    changes = now.changes_since(before) if before else ["no record says what they were made from"]
+    former = [path for path in stage.results(config) if path.exists()]
+    complete = len(former) == len(stage.results(config))
+    if skip and not again and done and complete and before == now:
         return None
-    if not same:
-        for path in owned:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    record_path.parent.mkdir(parents=True, exist_ok=True)
-    save_config(config, run_dir / "config.yaml")
-    _write(record_path, fingerprint, done=False, seconds=0.0)
-    started = time.monotonic()
+    out_of_date = (stage.costly and changes) or (stage.kept_when_again and again)
+    must_move = bool(former and out_of_date and (before is None or _has_figures(former)))
+    if must_move and not again and outdated == "refuse":
+        raise StageError(_refusal(stage, former, changes))
     with StageProgress(stage.title) as progress:
-        stage.run(config, progress)
-    seconds = time.monotonic() - started
-    _write(record_path, fingerprint, done=True, seconds=seconds)
+        if must_move:
+            moved = move_aside(Path(config.run_dir), stage.name, [*former, record_path])
+            why = "; ".join(changes) or "asked for again"
+            progress.log(f"{stage.title}: {why}; the former results are now in {moved}")
+        save_config(config, _made(Path(config.run_dir)) / "config.yaml")
+        write_record(record_path, now, done=False, seconds=0.0)
+        quiet_bars()
+        started = time.monotonic()
+        summary = (stage.run or _function(stage.name))(config, progress)
+        seconds = time.monotonic() - started
+        write_record(record_path, now, done=True, seconds=seconds)
+        progress.log(f"{stage.title}: {summary or 'done'} ({clock(seconds)})")
     return seconds
 
 
-def _record_path(config: Config, name: str) -> Path:
-    return Path(config.run_dir) / "stages" / f"{name}.json"
+def require_finished(config: Config, name: str, remedy: str) -> None:
+    """Refuse to build on a stage that was begun and has not come to its end.
+
+    Raises:
+        StageError: it has not.
+    """
+    path = _record_path(config, STAGES[name])
+    before, done = read_record(path)
+    if before and not done:
+        raise StageError(f"{STAGES[name].title} has not finished ({path}): {remedy}")
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def move_aside(run_dir: Path, label: str, paths: Sequence[Path]) -> Path:
+    """Move results to a new folder `<run_dir>/old/<label>-<n>`, which is returned."""
+    n = 1
+    while (target := run_dir / "old" / f"{label}-{n}").exists():
+        n += 1
+    target.mkdir(parents=True)
+    for path in paths:
+        if path.exists():
+            path.rename(target / path.name)
+    return target
+
+
+def _has_figures(results: Sequence[Path]) -> bool:
+    """Whether anything was computed: not so in the folder of a run that stopped at a missing file, say."""
+    return any(any(path.rglob(name)) for path in results for name in ("metrics.jsonl", "run.json"))
+
+
+def _refusal(stage: Stage, former: Sequence[Path], changes: Sequence[str]) -> str:
+    return (
+        f"{', '.join(map(str, former))} was made from other inputs: {'; '.join(changes)}. Set another run_dir to keep "
+        f"both, or give --again to begin {stage.title} anew (the former results are then moved to old/)"
+    )
+
+
+def _function(name: str) -> Callable[..., str]:
+    function: Callable[..., str] = getattr(importlib.import_module("rl.pipeline"), f"run_{name}")
+    return function
+
+
+def _record_path(config: Config, stage: Stage) -> Path:
+    if stage.name == "phantom":  # several runs may share one dataset
+        return Path(config.phantom.out_dir).expanduser() / "phantom-stage.json"
+    return Path(config.run_dir) / "stages" / f"{stage.name}.json"
+
+
+def read_record(path: Path) -> tuple[Inputs | None, bool]:
+    """Inputs of the record and whether the stage came to its end."""
     if not path.exists():
-        return None
+        return None, False
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not JSON ({error}); delete it to run the stage again") from error
-    return record
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return Inputs(record["settings"], record["files"]), bool(record["done"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise StageError(
+            f"{path}: not a record of a stage ({error!r}); delete it to do the stage anew"
+        ) from error
 
 
-def _write(path: Path, fingerprint: str, *, done: bool, seconds: float) -> None:
-    record = {"fingerprint": fingerprint, "done": done, "seconds": round(seconds, 1)}
-    write_atomically(path, json.dumps(record, indent=2) + "\n")
+def write_record(path: Path, now: Inputs, *, done: bool, seconds: float) -> None:
+    """What a stage or a benchmark run is made from, on disk."""
+    record = {"done": done, "seconds": round(seconds, 1), **asdict(now)}
+    staging = _made(path.parent) / f".{path.name}.{os.getpid()}"
+    staging.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    staging.replace(path)
 
 
-def _fingerprint(config: Config, stage: Stage) -> str:
-    sections = asdict(config)
-    content = {
-        "version": version("reasonknee-rl"),
-        "seed": config.seed,
-        "sections": {name: sections[name] for name in stage.sections},
-        "before": {name: _read(_record_path(config, name)) for name in stage.after},
-        "files": _data_files(config) if "data" in stage.sections else [],
-    }
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
-def _data_files(config: Config) -> list[tuple[str, int, int]]:
-    """Name, size and time of the dataset's lists (not of the volumes, which the embedding cache checks)."""
-    root = Path(config.data.root).expanduser()
-    lists = [p for folder in ("split_files", "question_files", "generate_data") for p in (root / folder).glob("*")]
-    return [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(lists)]
+def sft_adapter(config: Config) -> Path:
+    """The adapter GRPO starts from."""
+    return Path(config.grpo.init_adapter or Path(config.run_dir) / "sft" / "adapter")
+
+
+_FEATURES = ("view", "model.path", "model.dtype", "embed.dtype", "data.box_convention.axes")
+_TASK = ("seed", "data", "view", "model", "embed")
+
+
+def _phantom_inputs(config: Config) -> Inputs:
+    return Inputs(inputs.settings(config, "phantom", "data.question_ids"), {})
+
+
+def _embed_inputs(config: Config) -> Inputs:
+    shown = inputs.volumes(config, ("train", "val", "test"), masks=False, modified=True)
+    return Inputs(inputs.settings(config, *_FEATURES), {"data/volumes": shown, **inputs.model_files(config)})
+
+
+def _sft_inputs(config: Config) -> Inputs:
+    files = inputs.dataset(config, ("train", "val")) | inputs.model_files(config)
+    if config.sft.init_adapter:
+        files |= inputs.adapter_files(Path(config.sft.init_adapter), "sft.init_adapter")
+    return Inputs(inputs.settings(config, *_TASK, "sft"), files)
+
+
+def _grpo_inputs(config: Config) -> Inputs:
+    files = inputs.dataset(config, ("train",)) | inputs.model_files(config) | inputs.reward_files(config)
+    files |= inputs.adapter_files(sft_adapter(config), "the SFT adapter")
+    return Inputs(inputs.settings(config, *_TASK, "grpo", "rewards", "engine.kind"), files)
+
+
+def eval_inputs(config: Config, adapters: Mapping[str, Path]) -> Inputs:
+    """What the benchmark of the base and of models with these adapters depends on."""
+    files = inputs.dataset(config, ("train", "test" if config.eval.split == "test" else "val"))
+    files |= inputs.model_files(config)
+    for name, adapter in adapters.items():
+        files |= inputs.adapter_files(adapter, f"the adapter of {name}")
+    return Inputs(inputs.settings(config, *_TASK, "eval", "rewards.reader", "engine.kind"), files)
+
+
+def trained_adapters(config: Config) -> dict[str, Path]:
+    """The adapters of a run that exist, by the name of their run in the benchmark."""
+    folders = {name: Path(config.run_dir) / name.lower() / "adapter" for name in ("SFT", "GRPO")}
+    return {name: folder for name, folder in folders.items() if folder.is_dir()}
+
+
+def _eval_inputs(config: Config) -> Inputs:
+    return eval_inputs(config, trained_adapters(config))
+
+
+def _in_run(*names: str) -> Callable[[Config], list[Path]]:
+    return lambda config: [Path(config.run_dir) / name for name in names]
+
+
+def comparison_of(a: str, b: str) -> Stage:
+    """The comparison of two runs, by their names in the benchmark or by their folders."""
+
+    def what_it_reads(config: Config) -> Inputs:
+        chosen = {"runs": [a, b], **inputs.settings(config, "seed", "compare")}
+        return Inputs(chosen, inputs.run_files(Path(config.run_dir) / "eval"))
+
+    def run(config: Config, progress: StageProgress) -> str | None:
+        return _function("compare")(config, progress, a, b)
+
+    results = _in_run("report.html", "results.json")
+    return Stage("compare", "comparison", what_it_reads, results, looks_itself=True, run=run)
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "phantom",
+            "phantoms",
+            _phantom_inputs,
+            lambda config: [Path(config.phantom.out_dir).expanduser() / "generate_data" / "test.json"],
+        ),
+        Stage(
+            "embed", "embed", _embed_inputs, lambda config: [Path(config.embed.cache_dir)], looks_itself=True
+        ),
+        Stage("sft", "SFT", _sft_inputs, _in_run("sft"), costly=True, kept_when_again=True),
+        Stage("grpo", "GRPO", _grpo_inputs, _in_run("grpo"), costly=True, kept_when_again=True),
+        Stage("eval", "benchmark", _eval_inputs, _in_run("eval"), kept_when_again=True),
+        comparison_of("SFT", "GRPO"),
+    )
+}
+"""Every stage of the demo, in order. `base` is not among them: its result ships with the package."""

@@ -13,7 +13,8 @@ import torch
 
 import rewards
 from rl.config import ConfigError
-from rl.environment import check_one_install, describe_environment, pick_device, pick_dtype, write_environment
+from rl.environment import describe_environment, pick_device, pick_dtype, write_environment
+from rl.one_install import check_one_install
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests a machine without a GPU")
 
@@ -63,7 +64,7 @@ def test_a_folder_that_shadows_a_package_is_named(tmp_path: Path) -> None:
     """A fresh interpreter started where the user has a `rewards/` of their own."""
     own = tmp_path / "rewards"
     shutil.copytree(Path(rewards.__file__).parent, own)
-    code = "import sys; sys.path.insert(0, '.'); from rl.environment import check_one_install; check_one_install()"
+    code = "import sys; sys.path.insert(0, '.'); from rl.one_install import check_one_install; check_one_install()"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
