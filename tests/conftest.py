@@ -1,9 +1,49 @@
 """Shared by all tests. Importing `rl` first lets torchvision be imported beside a CPU torch."""
 
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 
 import rl  # noqa: F401
 
+ROOT = Path(__file__).parents[1]
+
 # A busy machine must not fail a law: tests that bound time measure CPU time themselves.
 settings.register_profile("busy-machine", deadline=None)
 settings.load_profile("busy-machine")
+
+
+@pytest.fixture(scope="session")
+def reasonknee() -> Path:
+    """The command of the installation under test."""
+    return Path(sys.executable).with_name("reasonknee")
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory, reasonknee: Path) -> Path:
+    """Folder of the demo at its smallest (`configs/smoke.yaml`), made once for all slow tests.
+
+    What it printed is in `demo.log`. Tests look and add folders of their own; whoever changes results copies it first.
+    """
+    folder = tmp_path_factory.mktemp("smoke")
+    with (folder / "demo.log").open("w", encoding="utf-8") as log:
+        done = subprocess.run(
+            [
+                reasonknee,
+                "demo",
+                "--config",
+                ROOT / "configs" / "smoke.yaml",
+                f"run_dir={folder}",
+                f"data.root={folder / 'data'}",
+            ],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    assert done.returncode == 0, (folder / "demo.log").read_text(encoding="utf-8")
+    return folder
