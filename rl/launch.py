@@ -11,6 +11,7 @@ themselves (`rl.terminal`); it changes the working directory; Ctrl-C during `fit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,10 +34,10 @@ from rl.cluster import bundle, cluster, cluster_nodes, ignore_signals, interrupt
 from rl.config import Config, RayConfig
 from rl.data.check import require_best_convention
 from rl.engine import start_ready_engine
-from rl.errors import expected_errors
+from rl.errors import expected_errors, in_words
 from rl.grpo import train_grpo
 from rl.install_check import check_nodes
-from rl.pipeline import STAGES
+from rl.pipeline import require_sft, show_grpo
 from rl.placement import (
     Node,
     PlacementError,
@@ -49,7 +50,7 @@ from rl.placement import (
 )
 from rl.progress import StageProgress
 from rl.ranks import Home, Job, RankSettings, engine_in_actor, rank_loop
-from rl.stages import run_stage
+from rl.stages import STAGES, Stage, run_stage
 from rl.terminal import Failure, Viewer, open_terminal
 from rollouts.pool import EnginePool, PoolLimits
 from rollouts.types import EngineError
@@ -58,20 +59,35 @@ OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: done; the job failed; bad config or placement; Ctrl-C or SIGTERM."""
 
 
-GRPO = Job(start_engine=start_ready_engine, train=train_grpo, check=require_best_convention)
+GRPO = Job(start_engine=start_ready_engine, train=train_grpo)
+
+
+def check_inputs(config: Config) -> None:
+    """What can be refused before a cluster is started: no SFT adapter, boxes read in the wrong convention."""
+    require_sft(config)
+    require_best_convention(config)
 
 
 class JobError(RuntimeError):
     """The job itself failed; the message begins with its own error."""
 
 
-def launch(config: Config, dry_run: bool = False, job: Job = GRPO) -> int:
+def launch(
+    config: Config,
+    dry_run: bool = False,
+    *,
+    job: Job = GRPO,
+    stage: Stage = STAGES["grpo"],
+    check: Callable[[Config], None] = check_inputs,
+) -> int:
     """Run GRPO on Ray; continues from the last checkpoint, whoever made it.
 
     Args:
         config: validated; its `ray` section says who gets what.
         dry_run: print the placement and whether the cluster can hold it, start nothing.
-        job: another loop or engine in GRPO's place.
+        job: what runs on the cluster.
+        stage: what is recorded as done; the same as of `reasonknee grpo`, so that either goes on with the other's run.
+        check: called before anything is started.
 
     Returns:
         0 done (dry run: it fits); 1 the job failed (dry run: it does not fit); 2 the configuration or the placement
@@ -85,10 +101,9 @@ def launch(config: Config, dry_run: bool = False, job: Job = GRPO) -> int:
                 return _dry_run(config, console)
             if not config.ray.address and not ray.is_initialized():
                 _refuse_what_does_not_fit(config.ray, this_machine())
-            job.check(config)
-            stage = replace(STAGES["grpo"], run=partial(_run, job))
-            if run_stage(config, stage) is None:
-                console.print("GRPO: nothing has changed since it finished; skipped")
+            check(config)
+            if run_stage(config, replace(stage, run=partial(_run, job))) is None:
+                console.print(f"{stage.title}: nothing has changed since it finished; skipped")
             return OK
     except KeyboardInterrupt:
         console.print("interrupted; everything this run started was ended")
@@ -100,7 +115,10 @@ def launch(config: Config, dry_run: bool = False, job: Job = GRPO) -> int:
         console.print(f"EngineError: {error}", style="red", markup=False, soft_wrap=True)
         return FAILED
     except expected_errors() as error:
-        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        words = in_words(error)
+        if words is None:
+            raise
+        console.print(f"error: {words}", style="red", markup=False, soft_wrap=True)
         return REFUSED
 
 
@@ -122,7 +140,7 @@ def _dry_run(config: Config, console: Console) -> int:
     return FAILED if problem else OK
 
 
-def _run(job: Job, config: Config, progress: StageProgress) -> None:
+def _run(job: Job, config: Config, progress: StageProgress) -> str:
     """The job from cluster to result; everything it starts is ended on the way out."""
     with cluster(config.ray) as temporary:
         check_nodes()
@@ -136,6 +154,7 @@ def _run(job: Job, config: Config, progress: StageProgress) -> None:
                 _fit(job, config, pool, progress, temporary or (Path(config.run_dir) / "ray").resolve())
             finally:
                 pool.close()
+    return f"outputs in {Path(config.run_dir) / 'grpo'}"
 
 
 def _refuse_what_does_not_fit(settings: RayConfig, nodes: list[Node]) -> None:
@@ -187,7 +206,7 @@ def _fit(job: Job, config: Config, pool: EnginePool, progress: StageProgress, st
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
         ),
     )
-    viewer = Viewer(terminal, progress)
+    viewer = Viewer(terminal, progress.log, partial(show_grpo, progress=progress))
     viewer.start()
     try:
         trainer.fit()

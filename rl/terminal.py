@@ -11,14 +11,13 @@ import io
 import logging
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from rl.progress import StageProgress
 from rl.training import OnMetrics
 
 SECONDS_BETWEEN_LOOKS = 0.3
@@ -119,9 +118,9 @@ def connected_to(terminal: Any, rank: int) -> Iterator[OnMetrics]:
 class Viewer(threading.Thread):
     """On the driver: shows what arrives until `stop`, which shows the rest."""
 
-    def __init__(self, terminal: Any, progress: StageProgress) -> None:
+    def __init__(self, terminal: Any, log: Callable[[str], None], show: OnMetrics) -> None:
         super().__init__(name="terminal", daemon=True)
-        self._terminal, self._progress = terminal, progress
+        self._terminal, self._log, self._show = terminal, log, show
         self._stopped = threading.Event()
 
     def run(self) -> None:
@@ -144,10 +143,6 @@ class Viewer(threading.Thread):
         except RayError:  # the actor went with its node, or is too busy: nothing to show
             return
         for line in news.lines:
-            self._progress.log(line)
+            self._log(line)
         for record in news.records:
-            parts = [f"reward {record['reward']:.3f}"] if "reward" in record else []
-            parts += [
-                f"{k.removeprefix('reward/')} {v:.3f}" for k, v in record.items() if k.startswith("reward/")
-            ]
-            self._progress.update(int(record["step"]), int(record["steps"]), "  ".join(parts))
+            self._show(record)

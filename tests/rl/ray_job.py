@@ -15,6 +15,8 @@ from accelerate.utils import gather_object
 
 from rl.config import Config, load_config
 from rl.ranks import Job
+from rl.stage_inputs import Inputs
+from rl.stages import Stage
 from rl.training import OnMetrics
 from rollouts.types import Engine, Group, Prompt, Rollout, Sampling, VolumeFeatures
 
@@ -86,5 +88,6 @@ if __name__ == "__main__":
     run_dir = Path(sys.argv[2])
     settings = [f"run_dir={run_dir}", f"data.root={run_dir}", "model.device=cpu", "grpo.max_steps=2"]
     settings += ["ray.num_workers=2", "ray.cpus_per_worker=0.5", "ray.cpus_per_engine=1", *sys.argv[3:]]
-    job = Job(start_engine=start_engine, train=train, check=lambda config: None)
-    sys.exit(launch(load_config(None, settings), job=job))
+    job = Job(start_engine=start_engine, train=train)
+    stage = Stage("grpo", "GRPO", inputs=lambda config: Inputs({}, {}), results=lambda config: [])
+    sys.exit(launch(load_config(None, settings), job=job, stage=stage, check=lambda config: None))

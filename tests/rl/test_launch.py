@@ -9,7 +9,6 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -19,10 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rl.config import Config, ConfigError, RayConfig, load_config
-from rl.environment import check_one_install
 from rl.install_check import DISTRIBUTION, check_nodes, difference
-from rl.launch import FAILED, GRPO, INTERRUPTED, OK, REFUSED, launch
+from rl.launch import FAILED, INTERRUPTED, OK, REFUSED, launch
+from rl.one_install import check_one_install
 from rl.placement import Node, check_shares, plan, real_cores, refusal, this_machine
+from rl.stage_inputs import Inputs
+from rl.stages import Stage
 
 JOB = Path(__file__).with_name("ray_job.py")
 
@@ -161,8 +162,13 @@ def test_a_busy_cluster_ends_in_an_error_after_the_timeout(
     ray.get(other.here.remote())
     check_nodes()
     began = time.monotonic()
-    job = replace(GRPO, check=lambda config: None)
-    assert launch(_config(tmp_path, "ray.placement_timeout_s=3", *settings), job=job) == REFUSED
+    stage = Stage("grpo", "GRPO", inputs=lambda config: Inputs({}, {}), results=lambda config: [])
+    assert (
+        launch(
+            _config(tmp_path, "ray.placement_timeout_s=3", *settings), stage=stage, check=lambda config: None
+        )
+        == REFUSED
+    )
     assert time.monotonic() - began < 30
     printed = " ".join(capsys.readouterr().out.split())
     assert "no placement within 3 s (ray.placement_timeout_s): requested 1 engine" in printed
