@@ -96,8 +96,8 @@ class VllmEngine:
         self._facts = ModelFacts.of(self._model_path)
         self._version = 0  # of the adapter being served; 0 is the base model
         self._last_version = 0
-        self._adapters = Path(tempfile.mkdtemp(prefix="reasonknee-adapters-"))
-        self._remove_adapters = weakref.finalize(self, shutil.rmtree, self._adapters, ignore_errors=True)
+        self._folder = Path(tempfile.mkdtemp(prefix="reasonknee-engine-"))  # adapters and the worker's log
+        self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._closed = False
         self._worker: WorkerProcess | None = None
         self._ready = False
@@ -143,7 +143,7 @@ class VllmEngine:
         if folder is not None:
             check_adapter(Path(folder), linear_shapes_of(self._model_path), self._max_lora_rank)
             self._last_version = version = self._last_version + 1
-            copy = self._adapters / f"v{version}"
+            copy = self._folder / f"v{version}"
             copy.mkdir()
             for name in _ADAPTER_FILES:
                 shutil.copyfile(Path(folder) / name, copy / name)
@@ -153,7 +153,7 @@ class VllmEngine:
                 self._started().request(self._adapter_request(), timeout_s=_SWAP_SECONDS)
             except WorkerFailure:
                 self._worker = None  # the next `generate` starts a new one with this adapter
-        shutil.rmtree(self._adapters / f"v{replaced}", ignore_errors=True)
+        shutil.rmtree(self._folder / f"v{replaced}", ignore_errors=True)
         return self._version
 
     def wait_until_ready(self) -> None:
@@ -165,15 +165,17 @@ class VllmEngine:
         """Free the engine's memory and processes. Idempotent."""
         self._closed = True
         if self._worker is not None:
-            self._worker.close()
-        self._remove_adapters()
+            if self._ready:
+                self._worker.close()
+            self._worker.kill()  # one that is still loading would not hear
+        self._remove_folder()
 
     def _generate_once(self, header: Header, buffers: Sequence[memoryview]) -> tuple[Header, list[bytes]]:
         return self._started().request(header, buffers, timeout_s=self._generate_timeout_s)
 
     def _launch(self) -> WorkerProcess:
         self._ready = False
-        self._worker = WorkerProcess("rollouts.vllm_worker", self._environment)
+        self._worker = WorkerProcess("rollouts.vllm_worker", self._environment, self._folder)
         self._worker.send(self._start_request)
         return self._worker
 
@@ -192,7 +194,7 @@ class VllmEngine:
         return worker
 
     def _adapter_request(self) -> Header:
-        folder = str(self._adapters / f"v{self._version}") if self._version else None
+        folder = str(self._folder / f"v{self._version}") if self._version else None
         return {"op": "load_adapter", "version": self._version, "folder": folder}
 
     def _refuse_if_closed(self) -> None:

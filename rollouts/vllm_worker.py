@@ -131,11 +131,13 @@ def main(connection_fd: str, folder: str) -> None:
     """Serve until told to close; called in a fresh process by `WorkerProcess`."""
     if Path(rollouts.__file__).parent != Path(__file__).parent:
         raise ImportError(f"{rollouts.__file__} shadows this package's rollouts in {Path(__file__).parent}")
-    die_with_parent(int(connection_fd), Path(folder))
+    parents_death = die_with_parent(int(connection_fd), Path(folder))
     connection = Connection(int(connection_fd))
     try:
         for header, buffers in _serve(connection):
             send(connection, header, buffers)
+    except EOFError:
+        parents_death.join()
     except Exception as error:
         send(connection, {"error": f"{type(error).__name__}: {error}"})  # its traceback goes to the log
         raise

@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-_LOG_TAIL_BYTES = 4000
+_LOG_TAIL_BYTES = 2000
 _CLOSE_SECONDS = 5.0
 _PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,19 +54,19 @@ class WorkerProcess:
     Args:
         module: has a `main(connection_fd: str, folder: str)` that calls `die_with_parent` first.
         environment: variables set over this process's own.
+        folder: scratch folder, takes the worker's output. The caller removes it; the worker does when the caller
+            was killed.
     """
 
-    def __init__(self, module: str, environment: Mapping[str, str]) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="reasonknee-worker-"))
-        """Scratch folder of this worker, removed with it."""
-        self._log = self.folder / "worker.log"
+    def __init__(self, module: str, environment: Mapping[str, str], folder: Path) -> None:
+        self._log = folder / "worker.log"
         ours, theirs = socket.socketpair()
         # Run by import from where this package lies, after every other path: `-m` would put the working
         # directory first, and a user's own `rollouts/` there would be imported instead.
         code = f"import sys; sys.path.append({str(_PACKAGE_ROOT)!r}); import {module} as m; m.main(*sys.argv[1:])"
         with self._log.open("wb") as log, theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", code, str(theirs.fileno()), str(self.folder)],
+                [sys.executable, "-P", "-c", code, str(theirs.fileno()), str(folder)],
                 env={**os.environ, **environment},
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
@@ -76,7 +75,7 @@ class WorkerProcess:
                 start_new_session=True,
             )
         self._connection = Connection(ours.detach())
-        self._kill = weakref.finalize(self, _kill, self._process, self._connection, self.folder)
+        self._kill = weakref.finalize(self, _kill, self._process, self._connection)
 
     @property
     def pid(self) -> int:
@@ -148,19 +147,19 @@ class WorkerProcess:
         )
 
 
-def _kill(process: subprocess.Popen[bytes], connection: Connection, folder: Path) -> None:
+def _kill(process: subprocess.Popen[bytes], connection: Connection) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     connection.close()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
-def die_with_parent(connection_fd: int, folder: Path) -> None:
+def die_with_parent(connection_fd: int, folder: Path) -> threading.Thread:
     """In the worker: a thread that ends this process group when the other end of the socket closes.
 
     Works for a parent killed with SIGKILL too, on any Unix, and unlike PR_SET_PDEATHSIG it does not depend on
-    which thread of the parent started the worker. `folder` is the scratch folder, removed on the way out.
+    which thread of the parent started the worker. `folder` is removed on the way out;
+    join the returned thread rather than exit when the connection ends, or it is not.
     """
 
     def watch() -> None:
@@ -170,4 +169,6 @@ def die_with_parent(connection_fd: int, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
-    threading.Thread(target=watch, name="die-with-parent", daemon=True).start()
+    thread = threading.Thread(target=watch, name="die-with-parent", daemon=True)
+    thread.start()
+    return thread

@@ -224,7 +224,7 @@ INTERRUPTED = """
 import sys
 from rollouts.vllm_engine import VllmEngine
 engine = VllmEngine(sys.argv[1], device="cpu", kv_cache_gib=0.25)
-print(engine._worker.pid, engine._adapters, flush=True)
+print(engine._worker.pid, engine._folder, flush=True)
 engine.wait_until_ready()
 """
 
@@ -233,10 +233,10 @@ def test_ctrl_c_leaves_no_process_and_no_folder(base_folder: Path) -> None:
     parent = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(base_folder)], stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL, text=True)  # fmt: skip
     assert parent.stdout is not None
-    pid, adapters = parent.stdout.readline().split()
+    pid, folder = parent.stdout.readline().split()
     time.sleep(3)
     parent.send_signal(signal.SIGINT)
     assert parent.wait(30) != 0
     parent.stdout.close()
     assert not Path(f"/proc/{pid}").exists()
-    assert not Path(adapters).exists()
+    assert not Path(folder).exists()
