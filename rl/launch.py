@@ -168,7 +168,7 @@ def _start_pool(job: Job, config: Config, group: PlacementGroup, temporary: Path
     # An engine's own watchdog may start it again and repeat the request; other ranks' requests may be before ours.
     one_request = 2 * engine.generate_timeout_s + engine.start_timeout_s
     return EnginePool.start(
-        partial(engine_in_actor, job, config, Home.here()),
+        partial(engine_in_actor, job.start_engine, config, Home.here()),
         settings.num_engines,
         PoolLimits(start_s=engine.start_timeout_s, generate_s=settings.num_workers * one_request),
         cpus=settings.cpus_per_engine,

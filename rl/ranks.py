@@ -11,10 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ray
-import ray.train
-from accelerate import Accelerator
-
 from rl.config import Config, ConfigError
 from rl.environment import pick_device
 from rl.one_install import check_one_install
@@ -56,10 +52,10 @@ class Home:
             os.chdir(self.folder)
 
 
-def engine_in_actor(job: Job, config: Config, home: Home) -> Engine:
+def engine_in_actor(start_engine: Callable[[Config], Engine], config: Config, home: Home) -> Engine:
     """The engine of one actor."""
     home.enter()
-    return job.start_engine(on_device(config, config.ray.gpus_per_engine))
+    return start_engine(on_device(config, config.ray.gpus_per_engine))
 
 
 @dataclass(frozen=True)
@@ -75,6 +71,9 @@ class RankSettings:
 
 def rank_loop(train_loop_config: dict[str, RankSettings]) -> None:
     """The loop of one training worker, as Ray Train calls it."""
+    import ray.train  # seconds of imports that the process of an engine does without
+    from accelerate import Accelerator
+
     given = train_loop_config["settings"]
     context = ray.train.get_context()
     with connected_to(given.terminal, context.get_world_rank()) as show:

@@ -13,12 +13,13 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
 
-from rl.training import OnMetrics
+if TYPE_CHECKING:  # the actor's process needs neither torch nor what else that module imports
+    from rl.training import OnMetrics
 
 SECONDS_BETWEEN_LOOKS = 0.3
 

@@ -10,15 +10,8 @@ import numpy as np
 import ray
 import torch
 
+from rollouts.board import Adapter
 from rollouts.types import Engine, Prompt, Rollout, Sampling, VolumeFeatures
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A published adapter: the pool's version and the PEFT folder (None: the bare base model)."""
-
-    version: int
-    folder: str | None
 
 
 @dataclass(frozen=True)
@@ -97,24 +90,6 @@ class EngineActor:
         groups = self._engine.generate(prompts, request.n, request.sampling, list(request.seeds))
         # The engine counts its own adapters; rollouts carry the version that the whole pool agrees on.
         return [tuple(replace(rollout, adapter_version=version) for rollout in g.rollouts) for g in groups]
-
-
-class AdapterBoard:
-    """What the pool serves: the one place that every handle and every restarted engine agrees with."""
-
-    def __init__(self) -> None:
-        self._current = Adapter(version=0, folder=None)
-        self._given = 0
-
-    def next_version(self) -> int:
-        self._given += 1
-        return self._given
-
-    def publish(self, adapter: Adapter) -> None:
-        self._current = adapter
-
-    def current(self) -> Adapter:
-        return self._current
 
 
 def pack(features: VolumeFeatures) -> PackedFeatures:

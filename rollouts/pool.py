@@ -27,7 +27,8 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError, Ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rollouts.actor import Adapter, AdapterBoard, EngineActor, EngineLocation, PromptOnWire, Request, pack
+from rollouts.actor import EngineActor, EngineLocation, PromptOnWire, Request, pack
+from rollouts.board import Adapter, AdapterBoard
 from rollouts.types import Engine, EngineError, Group, Prompt, Sampling, VolumeFeatures
 
 FEATURE_CACHE_BYTES = 2 * 2**30
