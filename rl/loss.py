@@ -57,9 +57,10 @@ def grpo_loss(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """This micro-batch's share of the step's loss: the shares of all micro-batches and ranks add up to it.
 
-    per token:  -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) w + beta KL
+    per token:  -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) w + beta r KL
     with r the ratio of new to old policy, w = min(old policy / engine, importance_cap) and the estimator
-    KL = exp(ref - new) - (ref - new) - 1 (Schulman 2020, "Approximating KL divergence", k3).
+    KL = exp(ref - new) - (ref - new) - 1 (Schulman 2020, "Approximating KL divergence", k3). The ratio before it, which
+    is 1 on-policy but has a gradient, makes its gradient that of the reverse KL (DeepSeek-V3.2, arXiv 2512.02556).
 
     Returns:
         The loss and sums over tokens (`kl`, `clipped`, `importance`) for the step's metrics.
@@ -81,7 +82,7 @@ def grpo_loss(
         if inputs.ref_logps_N_T is None:
             raise ValueError("beta > 0 needs the log-probabilities of the reference policy")
         log_ratio = inputs.ref_logps_N_T - logps
-        kl = torch.exp(log_ratio) - log_ratio - 1
+        kl = ratio * (torch.exp(log_ratio) - log_ratio - 1)
         loss_N_T = loss_N_T + settings.beta * kl
         metrics["kl"] = float((kl.detach() * mask).sum())
     outside = ((ratio < 1 - settings.epsilon) & (advantages_N_1 < 0)) | (

@@ -1,0 +1,121 @@
+"""A tiny phantom dataset on disk, a random base model, cached features and an SFT adapter: the whole training path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from rl.base.corpus import tokenizer_corpus
+from rl.base.model import create_base
+from rl.config import Config, load_config
+from rl.data.examples import load_examples
+from rl.data.phantom.dataset import write_phantom
+from rl.model import load_policy, save_adapter
+from rl.task import feature_dtypes
+from rollouts.cache import EmbeddingCache
+from rollouts.embed import embed_examples
+from rollouts.engines import make_engine
+from rollouts.types import Engine
+from rollouts.vision import VisionTower
+
+REWARD = '''
+from rewards import reward
+
+@reward
+def variety(completion: str) -> float:
+    """A score that random text earns too: from the number of different characters."""
+    return len(set(completion)) % 5 / 4
+'''
+
+
+RECIPE = """
+data:
+  root: {folder}/data
+  question_ids: [1, 16, 42, 60]
+phantom:
+  {{train_patients: 3, val_patients: 2, test_patients: 2, max_visits: 1, shape: [48, 48, 12], grades: balanced}}
+view: {{height: 32, width: 32}}
+model: {{path: {folder}/base, device: cpu, lora: {{r: 4, alpha: 8, dropout: 0.1}}}}
+embed: {{cache_dir: {folder}/cache}}
+engine: {{kind: hf, max_model_len: 512}}
+rewards:
+  components: [{{name: output_format, weight: 0.2}}, {{name: moaks_accuracy}}, {{name: box_iou}},
+    {{name: {folder}/variety.py:variety}}]
+sft:
+  {{volumes_per_step: 2, questions_per_volume: 3, learning_rate: 3e-3, max_epochs: 2, steps_per_epoch: 2,
+   validation_volumes: 2}}
+grpo:
+  {{volumes_per_step: 2, questions_per_volume: 2, num_generations: 3, max_steps: 2, max_completion_length: 10,
+   save_steps: 1, learning_rate: 3e-3, warmup_steps: 1, mask_truncated_completions: false, init_adapter: {folder}/sft}}
+"""
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with `data`, `base`, `cache` and `sft` (an adapter whose B is not zero)."""
+    folder = tmp_path_factory.mktemp("workshop")
+    (folder / "variety.py").write_text(REWARD)
+    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    config = load_config(folder / "recipe.yaml", [f"run_dir={folder / 'run'}"])
+    write_phantom(config)
+    create_base(folder / "base", seed=0, corpus=tokenizer_corpus(list(load_examples(config, "train"))))
+    _end_often(folder / "base")
+    compute, storage = feature_dtypes(config)
+    volumes = [
+        v for split in ("train", "val", "test") for v in load_examples(config, split).volumes().values()
+    ]
+    embed_examples(
+        volumes,
+        VisionTower(folder / "base", "cpu", compute),
+        EmbeddingCache(config.embed.cache_dir),
+        config.view,
+        storage_dtype=storage,
+        log=lambda text: None,
+    )
+    torch.manual_seed(0)
+    policy = load_policy(config)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    save_adapter(policy, folder / "sft")
+    return folder
+
+
+def _end_often(base: Path) -> None:
+    """Let every tenth token end a completion: a random model would else hardly ever stop."""
+    path = base / "generation_config.json"
+    generation = json.loads(path.read_text())
+    generation["eos_token_id"] = [generation["eos_token_id"], *range(1440, 1600)]
+    path.write_text(json.dumps(generation))
+
+
+@pytest.fixture
+def make_config(workshop: Path, tmp_path: Path) -> Callable[..., Config]:
+    """`make_config("grpo.beta=0.1", run="other")`: the tiny run, with overrides, in a folder of its own."""
+
+    def make(*overrides: str, run: str = "run") -> Config:
+        return load_config(workshop / "recipe.yaml", [f"run_dir={tmp_path / run}", *overrides])
+
+    return make
+
+
+@pytest.fixture
+def config(make_config: Callable[..., Config]) -> Config:
+    return make_config()
+
+
+@pytest.fixture
+def engine(workshop: Path) -> Iterator[Engine]:
+    engine = make_engine("hf", workshop / "base", device="cpu", max_model_len=512)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
