@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 import rl.cli
+from rewards import RewardSuite
 from rl.config import Config, load_config
 
 ROOT = Path(__file__).parents[1]
@@ -73,3 +76,22 @@ def test_every_make_target_that_is_named_exists() -> None:
     }
     assert named
     assert named <= set(targets)
+
+
+def test_the_reward_of_the_readme_passes_its_test_and_works_with_the_yaml_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, body in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", README, re.DOTALL):
+        (tmp_path / name).write_text(body, encoding="utf-8")
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "run.yaml").write_text("data: {root: data}\n" + recipe, encoding="utf-8")
+    tested = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert "1 passed" in tested.stdout, tested.stdout
+    monkeypatch.chdir(tmp_path)
+    suite = RewardSuite.from_config(load_config(tmp_path / "run.yaml").rewards)
+    assert suite.names == ("output_format", "moaks_accuracy", "box_found")

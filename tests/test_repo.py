@@ -14,9 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from rewards import RewardSuite
-from rl.config import load_config
-
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("rewards", "rollouts", "rl")
 FORBIDDEN = {"rewards": {"rollouts", "rl"}, "rollouts": {"rl"}, "rl": set[str]()}
@@ -137,24 +134,6 @@ def test_the_wheel_builds_and_carries_every_file_of_the_packages(tmp_path: Path)
     assert "rewards/ontology.json" in files
     assert not files - names, "files of the packages that the wheel lacks"
     assert not {name for name in names if not name.startswith((*PACKAGES, "reasonknee_rl-"))}
-
-
-def readme_block(language: str) -> str:
-    """The only fenced block of that language in the README."""
-    (block,) = re.findall(
-        rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
-    )
-    return str(block)
-
-
-def test_the_reward_shown_in_the_readme_works_with_the_yaml_beside_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "my_rewards.py").write_text(readme_block("python"), encoding="utf-8")
-    (tmp_path / "run.yaml").write_text("data: {root: data}\n" + readme_block("yaml"), encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    suite = RewardSuite.from_config(load_config(tmp_path / "run.yaml").rewards)
-    assert suite.names == ("output_format", "moaks_accuracy", "slab_found")
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
