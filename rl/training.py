@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.tensorboard import SummaryWriter
@@ -20,6 +21,8 @@ from rl.config import Config, save_config
 from rl.environment import write_environment
 from rl.model import save_adapter
 from rl.packed import PackedPolicy
+
+OPTIMIZER = "optimizer.safetensors"
 
 OnMetrics = Callable[[dict[str, float]], None]
 """Called with each step's record."""
@@ -128,16 +131,20 @@ def save_checkpoint(
     schedule: LambdaLR,
     extra: dict[str, Any],
 ) -> Path:
-    """`folder/step-N` with adapter, optimizer and schedule; older checkpoints are removed once it is complete."""
+    """`folder/step-N` with adapter, optimizer and schedule; older checkpoints are removed once it is complete.
+
+    Tensors as safetensors, everything else in `state.json`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     target, staging = folder / f"step-{step:06d}", folder / ".staging"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     save_adapter(policy, staging / "adapter")
-    torch.save(
-        {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, staging / "optimizer.pt"
-    )
-    (staging / "state.json").write_text(json.dumps({"step": step, **extra}), encoding="utf-8")
+    saved = optimizer.state_dict()
+    moments = {f"{i}.{name}": x for i, state in saved["state"].items() for name, x in state.items()}
+    save_file(moments, staging / OPTIMIZER)
+    numbers = {"param_groups": saved["param_groups"], "schedule": schedule.state_dict()}
+    (staging / "state.json").write_text(json.dumps({"step": step, **extra, **numbers}), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     staging.rename(target)
     for other in folder.glob("step-*"):
@@ -153,11 +160,14 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def load_optimizer(checkpoint: Path, optimizer: Optimizer, schedule: LambdaLR) -> dict[str, Any]:
     """Restore optimizer and schedule; returns the checkpoint's state (`step` and extras)."""
-    saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(saved["optimizer"])
+    saved: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for key, x in load_file(checkpoint / OPTIMIZER).items():
+        parameter, name = key.split(".")
+        moments.setdefault(int(parameter), {})[name] = x
+    optimizer.load_state_dict({"state": moments, "param_groups": saved["param_groups"]})
     schedule.load_state_dict(saved["schedule"])
-    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    return state
+    return saved
 
 
 class Stopwatch:

@@ -47,7 +47,7 @@ rewards:
   components: [{{name: output_format, weight: 0.2}}, {{name: moaks_accuracy}}, {{name: box_iou}},
     {{name: {folder}/variety.py:variety}}]
 sft:
-  {{volumes_per_step: 2, questions_per_volume: 3, learning_rate: 3e-3, max_epochs: 2, steps_per_epoch: 2,
+  {{volumes_per_step: 1, questions_per_volume: 2, learning_rate: 3e-3, max_epochs: 2, steps_per_epoch: 2,
    validation_volumes: 2}}
 grpo:
   {{volumes_per_step: 2, questions_per_volume: 2, num_generations: 3, max_steps: 2, max_completion_length: 10,
