@@ -1,0 +1,337 @@
+"""GRPO on tiny phantoms with a real sampler: what a step does, and what must not change its gradient."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from rl.completions import ScoredGroup
+from rl.config import Config, ConfigError
+from rl.grpo import GRPOTrainer, microbatches, train_grpo
+from rl.model import reference_adapter, trainable
+from rollouts.types import Engine, Group
+
+KEYS = {
+    *("step", "time", "reward", "reward/output_format", "reward/moaks_accuracy", "reward/box_iou"),
+    *("reward/variety", "groups_without_signal", "completion_length", "truncated", "loss", "grad_norm", "lr"),
+    *("entropy", "clip_ratio", "agreement/max", "agreement/mean"),
+    *("seconds/rollout", "seconds/reward", "seconds/train", "seconds/sync", "seconds"),
+}
+MakeTrainer = Callable[..., GRPOTrainer]
+
+
+def records(config: Config) -> list[dict[str, float]]:
+    lines = (Path(config.run_dir) / "grpo" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def tensors(adapter: Path) -> dict[str, torch.Tensor]:
+    return load_file(adapter / "adapter_model.safetensors")
+
+
+@pytest.fixture
+def make_trainer(make_config: Callable[..., Config], engine: Engine, accelerator: Accelerator) -> MakeTrainer:
+    """A trainer whose optimizer does not move the weights and does not clip: it is asked for gradients."""
+
+    def make(*overrides: str) -> GRPOTrainer:
+        still = ("grpo.learning_rate=0", "grpo.max_grad_norm=1e9")
+        return GRPOTrainer(make_config(*still, *overrides), engine, accelerator)
+
+    return make
+
+
+def scored_groups(trainer: GRPOTrainer, step: int = 0) -> list[ScoredGroup]:
+    return trainer._score(trainer._rollouts(step))
+
+
+def gradient(trainer: GRPOTrainer, scored: list[ScoredGroup]) -> torch.Tensor:
+    trainer._update(scored)
+    return torch.cat([p.grad.flatten() for p in trainable(trainer.policy) if p.grad is not None])
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return float((a - b).norm()) <= 1e-5 * float(b.norm())
+
+
+def flat(scored: ScoredGroup) -> ScoredGroup:
+    """The group as if all its rewards were equal."""
+    return replace(scored, advantages_G=torch.zeros_like(scored.advantages_G))
+
+
+def ending(scored: ScoredGroup, *reasons: str) -> ScoredGroup:
+    """The group as if its completions had ended for these reasons."""
+    rollouts = [replace(r, finish_reason=x) for r, x in zip(scored.group.rollouts, reasons, strict=True)]
+    return replace(scored, group=Group(scored.group.prompt, tuple(rollouts)))
+
+
+def test_a_run_changes_the_adapter_and_records_every_step(
+    config: Config, engine: Engine, accelerator: Accelerator, workshop: Path
+) -> None:
+    seen: list[dict[str, float]] = []
+    adapter = train_grpo(config, engine, accelerator, seen.append)
+    folder = Path(config.run_dir) / "grpo"
+    assert adapter == folder / "adapter"
+    before, after = tensors(workshop / "sft"), tensors(adapter)
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+    assert [r["step"] for r in records(config)] == [1, 2]
+    for record in records(config):
+        assert set(record) == KEYS
+        assert all(math.isfinite(value) for value in record.values())
+        assert record["agreement/max"] < 1e-4
+        assert record["grad_norm"] > 0
+    assert [{k: v for k, v in r.items() if k != "steps"} for r in seen] == records(config)
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-000002"]
+    saved = tensors(folder / "checkpoints" / "step-000002" / "adapter")
+    assert all(torch.equal(saved[name], after[name]) for name in after)
+    assert (folder / "config.yaml").exists()
+
+    table = pl.read_parquet(folder / "completions")
+    assert len(table) == 2 * 2 * 2 * 3  # steps, volumes, questions, completions
+    components = [f"reward/{n}" for n in ("output_format", "moaks_accuracy", "box_iou", "variety")]
+    assert {"step", "example_id", "sample", "completion", "reward", "advantage", *components} <= set(
+        table.columns
+    )
+    assert table["adapter_version"].n_unique() == 2  # the engine was given the second step's adapter
+    for step, record in enumerate(records(config), start=1):
+        of_step = table.filter(pl.col("step") == step)
+        assert record["reward"] == pytest.approx(of_step["reward"].mean())
+        assert record["reward/variety"] == pytest.approx(of_step["reward/variety"].mean())
+
+
+def test_a_killed_and_restarted_run_is_the_uninterrupted_one(
+    make_config: Callable[..., Config], engine: Engine, accelerator: Accelerator
+) -> None:
+    """Killed after its second step, whose checkpoint is not due: the second step is made again."""
+    settings = ("grpo.max_steps=3", "grpo.save_steps=1")
+    whole = make_config(*settings, run="whole")
+    train_grpo(whole, engine, accelerator)
+
+    def kill(record: dict[str, float]) -> None:
+        if record["step"] == 2:
+            raise KeyboardInterrupt
+
+    killed = make_config("grpo.max_steps=3", "grpo.save_steps=3", run="killed")
+    trainer = GRPOTrainer(replace(killed, grpo=replace(killed.grpo, save_steps=1)), engine, accelerator)
+    trainer.step(0)
+    with pytest.raises(KeyboardInterrupt):
+        train_grpo(killed, engine, accelerator, kill)
+    assert [r["step"] for r in records(killed)] == [1, 2]
+    train_grpo(killed, engine, accelerator)
+
+    assert [r["step"] for r in records(killed)] == [1, 2, 3]
+    for got, expected in zip(records(killed), records(whole), strict=True):
+        for name in ("reward", "loss", "grad_norm", "lr", "entropy", "completion_length"):
+            assert got[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+    after = tensors(Path(killed.run_dir) / "grpo" / "adapter")
+    for name, tensor in tensors(Path(whole.run_dir) / "grpo" / "adapter").items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_finished_run_started_again_does_nothing(
+    config: Config, engine: Engine, accelerator: Accelerator
+) -> None:
+    config.grpo.max_steps = 1
+    adapter = train_grpo(config, engine, accelerator)
+    before, metrics = tensors(adapter), records(config)
+    assert train_grpo(config, engine, accelerator) == adapter
+    assert records(config) == metrics
+    assert all(torch.equal(before[name], tensor) for name, tensor in tensors(adapter).items())
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo"])
+def test_groups_without_signal_are_left_out_without_changing_the_gradient(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, loss_type: str
+) -> None:
+    trainer = make_trainer(f"grpo.loss_type={loss_type}")
+    scored = scored_groups(trainer)
+    scored = [flat(scored[0]), *scored[1:]]
+    packed: list[int] = []
+    pack = trainer._pack
+    monkeypatch.setattr(trainer, "_pack", lambda part: packed.append(len(part)) or pack(part))
+    skipped = gradient(trainer, scored)
+    monkeypatch.setattr(ScoredGroup, "has_signal", True)
+    assert close(skipped, gradient(trainer, scored))
+    assert packed[1] == 4
+    assert packed[0] == (4 if loss_type == "bnpo" else sum(bool(s.advantages_G.any()) for s in scored))
+
+
+def test_a_step_without_any_signal_moves_nothing_but_still_probes_the_engine(
+    make_trainer: MakeTrainer,
+) -> None:
+    trainer = make_trainer()
+    scored = [flat(s) for s in scored_groups(trainer)]
+    sums, agreement = trainer._update(scored)
+    assert sums["loss"] == sums["grad_norm"] == 0
+    assert agreement.tokens == sum(len(r.token_ids) for r in scored[0].group.rollouts)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "beta"), [("grpo", 0.0), ("dr_grpo", 0.0), ("dapo", 0.0), ("dapo", 0.1), ("grpo", 0.1)]
+)
+def test_splitting_into_microbatches_never_changes_the_gradient(
+    make_trainer: MakeTrainer, loss_type: str, beta: float
+) -> None:
+    trainer = make_trainer(f"grpo.loss_type={loss_type}", f"grpo.beta={beta}")
+    scored = scored_groups(trainer)
+    whole = gradient(trainer, scored)
+    for budget in (1, 350):
+        trainer.settings.max_tokens_per_microbatch = budget
+        assert close(gradient(trainer, scored), whole)
+
+
+def test_microbatches_keep_groups_whole_and_the_budget(make_trainer: MakeTrainer) -> None:
+    """A volume's tokens count once, and again after a split; a group over the budget is alone."""
+    scored = scored_groups(make_trainer())
+    sizes = [
+        len(s.group.prompt.question_ids) + sum(len(r.token_ids) for r in s.group.rollouts) for s in scored
+    ]
+    volume = len(scored[0].group.prompt.volume_ids)
+    assert [s.group.prompt.features.key for s in scored[:2]] == [scored[0].group.prompt.features.key] * 2
+    assert [len(p) for p in microbatches(scored, 10**6)] == [4]
+    assert [len(p) for p in microbatches(scored, 1)] == [1, 1, 1, 1]
+    both = volume + sizes[0] + sizes[1]
+    assert len(next(microbatches(scored, both))) == 2
+    assert len(next(microbatches(scored, both - 1))) == 1
+    assert list(microbatches([], 10)) == []
+
+
+def test_volumes_with_the_same_header_are_counted_apart(make_trainer: MakeTrainer) -> None:
+    """Two visits of a knee can have equal prompt tokens; their features are not the same."""
+    scored = scored_groups(make_trainer())[:2]
+    prompt = scored[0].group.prompt
+    twin = replace(prompt, features=replace(prompt.features, key="another"))
+    scored[1] = replace(scored[1], group=Group(twin, scored[0].group.rollouts))
+    size = len(prompt.token_ids) + sum(len(r.token_ids) for r in scored[0].group.rollouts)
+    assert len(next(microbatches(scored, 2 * size - 1))) == 1
+    assert len(next(microbatches(scored, 2 * size))) == 2
+
+
+def test_gradient_checkpointing_changes_no_gradient(make_trainer: MakeTrainer) -> None:
+    plain, saving = make_trainer(), make_trainer("model.gradient_checkpointing=true")
+    scored = scored_groups(plain)
+    assert close(gradient(saving, scored), gradient(plain, scored))
+
+
+def test_completions_that_were_cut_off_can_be_left_out(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("grpo.loss_type=grpo")
+    first = ending(scored_groups(trainer)[0], "stop", "length", "stop")
+    first = replace(first, advantages_G=torch.tensor([1.0, -2.0, 1.0]))
+    with_all = gradient(trainer, [first])
+    trainer.settings.mask_truncated_completions = True
+    masked = gradient(trainer, [first])
+    without = gradient(trainer, [replace(first, advantages_G=torch.tensor([1.0, 0.0, 1.0]))])
+    assert close(masked, without)
+    assert not close(masked, with_all)
+    nothing = ending(first, "length", "length", "length")
+    sums, _ = trainer._update([nothing])
+    assert sums["loss"] == sums["grad_norm"] == sums["tokens"] == 0
+
+
+def test_the_reference_is_the_policy_at_the_start_and_stays_so(
+    make_config: Callable[..., Config], engine: Engine, accelerator: Accelerator
+) -> None:
+    config = make_config("grpo.beta=0.1")
+    trainer = GRPOTrainer(config, engine, accelerator)
+    parameters = dict(trainer.policy.named_parameters())
+    frozen = {name: p.clone() for name, p in parameters.items() if ".reference." in name}
+    trained = [name for name, p in parameters.items() if p.requires_grad]
+    assert frozen
+    assert all(".default." in name for name in trained)
+
+    first, second = trainer.step(0), trainer.step(1)
+    assert set(first) == KEYS | {"kl"}
+    assert first["kl"] == pytest.approx(0, abs=1e-9)
+    assert second["kl"] > 1e-6
+    assert all(torch.equal(parameters[name], value) for name, value in frozen.items())
+    assert [name for name, p in parameters.items() if p.requires_grad] == trained
+    with reference_adapter(trainer.policy):
+        assert not any(p.requires_grad for p in parameters.values() if p is not None)
+    saved = tensors(Path(config.run_dir) / "grpo" / "adapter")
+    assert not any("reference" in name for name in saved)
+
+    restarted = GRPOTrainer(config, engine, accelerator)
+    assert restarted.first_step == 2
+    again = dict(restarted.policy.named_parameters())
+    assert all(torch.equal(again[name], value) for name, value in frozen.items())
+    assert all(torch.equal(again[name], parameters[name]) for name in trained)
+
+
+def test_a_second_pass_over_the_batch_is_off_policy(
+    make_config: Callable[..., Config], engine: Engine, accelerator: Accelerator
+) -> None:
+    """The old log-probabilities are those of the first pass, so in the second the ratio has moved."""
+    once = GRPOTrainer(make_config("grpo.warmup_steps=0", run="once"), engine, accelerator).step(0)
+    trainer = GRPOTrainer(
+        make_config(
+            "grpo.num_iterations=2", "grpo.warmup_steps=0", "grpo.epsilon=0.001", "grpo.epsilon_high=0.001"
+        ),
+        engine,
+        accelerator,
+    )
+    twice = trainer.step(0)
+    assert once["clip_ratio"] == 0 < twice["clip_ratio"]
+    assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {2}
+
+
+def test_importance_correction_changes_nothing_while_engine_and_trainer_agree(
+    make_trainer: MakeTrainer,
+) -> None:
+    """And when the engine was surer of a token than the trainer, the token weighs less."""
+    plain = make_trainer()
+    scored = scored_groups(plain)
+    corrected = make_trainer("grpo.importance_correction=token_truncate", "grpo.probe_tolerance=10")
+    sums, _ = corrected._update(scored)
+    assert sums["importance"] == pytest.approx(sums["tokens"], rel=1e-4)
+    assert close(gradient(corrected, scored), gradient(plain, scored))
+    surer = [replace(r, logps=tuple(x + math.log(2) for x in r.logps)) for r in scored[0].group.rollouts]
+    scored[0] = replace(scored[0], group=Group(scored[0].group.prompt, tuple(surer)))
+    halved, _ = corrected._update(scored[:1])
+    assert halved["importance"] == pytest.approx(halved["tokens"] / 2, rel=1e-4)
+
+
+def test_each_step_asks_something_else_and_is_reproducible(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+
+    def said(step: int) -> list[tuple[int, ...]]:
+        return [r.token_ids for _, group in trainer._rollouts(step) for r in group.rollouts]
+
+    assert said(0) == said(0) != said(1)
+    assert len(set(said(0))) == len(said(0))
+
+
+def test_a_missing_sft_adapter_is_named(
+    make_config: Callable[..., Config], engine: Engine, accelerator: Accelerator, tmp_path: Path
+) -> None:
+    config = make_config("grpo.init_adapter=''")
+    with pytest.raises(ConfigError, match=r"sft/adapter does not exist; run `reasonknee sft` first"):
+        train_grpo(config, engine, accelerator)
+
+
+def test_weights_that_are_not_finite_are_never_published(
+    config: Config, engine: Engine, accelerator: Accelerator, workshop: Path
+) -> None:
+    """A reward function cannot cause it (the suite checks), a diverged step can."""
+    trainer = GRPOTrainer(config, engine, accelerator)
+    backward: Any = torch.autograd.backward
+
+    def poisoned(loss: torch.Tensor) -> None:
+        backward(loss * math.nan)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.autograd, "backward", poisoned)
+        with pytest.raises(FloatingPointError, match="gradient"):
+            trainer.step(0)
+    published = tensors(Path(config.run_dir) / "grpo" / "adapter")
+    assert all(torch.equal(published[n], t) for n, t in tensors(workshop / "sft").items())
