@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
@@ -49,6 +50,7 @@ def cluster(settings: RayConfig) -> Iterator[Path | None]:
     else:
         options["address"] = settings.address
     logging.getLogger("ray").setLevel(logging.ERROR)
+    before = set(_descendants())
     try:
         try:
             ray.init(**options)
@@ -59,9 +61,24 @@ def cluster(settings: RayConfig) -> Iterator[Path | None]:
         take_signals()  # Ray has put its own handler for SIGTERM
         yield temporary
     finally:
+        started = set(_descendants()) - before
         ray.shutdown()
         if temporary:
+            _end(started)
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _descendants() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def _end(processes: set[psutil.Process]) -> None:
+    """Ray Train's clean-up actor, for one, outlives its cluster by half a minute."""
+    _, alive = psutil.wait_procs(processes, timeout=2)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=5)
 
 
 def cluster_nodes() -> list[Node]:
