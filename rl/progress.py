@@ -24,6 +24,8 @@ class StageProgress:
     def __init__(self, title: str, console: Console | None = None) -> None:
         self.title = title
         self.console = console or Console(highlight=False)
+        # not `is_terminal`: a notebook asks for colours (FORCE_COLOR), and rich takes its log file for a terminal
+        self._live = self.console.file.isatty()
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -33,7 +35,7 @@ class StageProgress:
             TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=not self._live,
             transient=True,
             speed_estimate_period=600,
         )
@@ -57,7 +59,7 @@ class StageProgress:
         self._bar.update(self._task, completed=done, total=total, note=note)
         if self._first is None:
             self._first = (now, done)
-        if self.console.is_terminal or (now - self._printed < SECONDS_BETWEEN_LINES and done != total):
+        if self._live or (now - self._printed < SECONDS_BETWEEN_LINES and done != total):
             return
         self._printed = now
         started, before = self._first
