@@ -7,10 +7,11 @@ GRPO fields carry TRL's names. Every field says its unit; defaults follow the pa
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -315,7 +316,8 @@ class BaseConfig:
     vocab_size: int = 1600
     vision_steps: int = 1200
     vision_learning_rate: float = 2e-3
-    language_steps: int = 700
+    lookup_steps: int = 800
+    answer_steps: int = 400
     language_learning_rate: float = 1.5e-3
 
 
@@ -371,7 +373,7 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config as YAML, under a temporary name first."""
     staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    staging.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
     staging.replace(path)
 
 

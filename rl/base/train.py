@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from rl.base.answers import AnswerTrees
 from rl.base.corpus import knee_example, tokenizer_corpus
 from rl.base.knees import make_knees
-from rl.base.language import AnswerTrees, train_jointly
+from rl.base.language import LanguageTrainer
 from rl.base.model import build_model, build_tokenizer, save_base
 from rl.base.vision import train_tower
 from rl.config import Config
@@ -28,7 +29,7 @@ def train_base(config: Config, on_progress: OnProgress = lambda done, total, not
     """
     settings = config.base
     torch.manual_seed(settings.seed)
-    total = settings.knees + settings.vision_steps + settings.language_steps
+    total = settings.knees + settings.vision_steps + settings.lookup_steps + settings.answer_steps
 
     def show(offset: int) -> Callable[[int, dict[str, float]], None]:
         def on_step(step: int, stats: dict[str, float]) -> None:
@@ -59,15 +60,17 @@ def train_base(config: Config, on_progress: OnProgress = lambda done, total, not
         on_step=show(settings.knees),
     )
     tokens_per_second = float(model.config.vision_config.tokens_per_second)
-    train_jointly(
+    trainer = LanguageTrainer(
         model,
         AnswerTrees(knees, tokenizer, config.phantom, tokens_per_second, sizes.merge),
         question_ids(config),
         sizes,
-        steps=settings.language_steps,
         learning_rate=settings.language_learning_rate,
         seed=settings.seed,
-        on_step=show(settings.knees + settings.vision_steps),
+    )
+    trainer.lookup(settings.lookup_steps, show(settings.knees + settings.vision_steps))
+    trainer.answer(
+        settings.answer_steps, show(settings.knees + settings.vision_steps + settings.lookup_steps)
     )
     folder = Path(settings.out_dir)
     save_base(folder, model, tokenizer, torch.bfloat16)
