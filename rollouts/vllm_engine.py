@@ -9,6 +9,7 @@ model's floating-point sums do depend on the batch, so that a tie between two to
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -86,7 +87,7 @@ class VllmEngine:
                 "enable_sleep_mode": sleep,
                 "enable_lora": True,
                 "max_loras": 1,
-                "max_lora_rank": max_lora_rank,
+                "max_lora_rank": _room_for_rank(max_lora_rank),
                 **_FIXED_OPTIONS,
                 # a prompt is prefilled whole: chunks of a seeded multimodal prompt crash the CPU build
                 "enable_chunked_prefill": False,
@@ -148,11 +149,10 @@ class VllmEngine:
             for name in _ADAPTER_FILES:
                 shutil.copyfile(Path(folder) / name, copy / name)
         self._version = version
-        if self._ready:
-            try:
-                self._started().request(self._adapter_request(), timeout_s=_SWAP_SECONDS)
-            except WorkerFailure:
-                self._worker = None  # the next `generate` starts a new one with this adapter
+        if self._ready and self._worker is not None and self._worker.alive:
+            # one that fails here is started anew by the next `generate`, with this adapter
+            with contextlib.suppress(WorkerFailure):
+                self._worker.request(self._adapter_request(), timeout_s=_SWAP_SECONDS)
         shutil.rmtree(self._folder / f"v{replaced}", ignore_errors=True)
         return self._version
 
@@ -165,9 +165,7 @@ class VllmEngine:
         """Free the engine's memory and processes. Idempotent."""
         self._closed = True
         if self._worker is not None:
-            if self._ready:
-                self._worker.close()
-            self._worker.kill()  # one that is still loading would not hear
+            self._worker.kill()  # it holds nothing that needs saving, and vLLM takes seconds to end by itself
         self._remove_folder()
 
     def _generate_once(self, header: Header, buffers: Sequence[memoryview]) -> tuple[Header, list[bytes]]:
@@ -203,14 +201,24 @@ class VllmEngine:
 
 
 _BATCHED_TOKENS = 8192
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _FIXED_OPTIONS: dict[str, Any] = {
     "enable_mm_embeds": True,
-    "limit_mm_per_prompt": {"image": 0, "video": 1},
+    # counts pixels, of which there are none: the vision tower is not loaded, and features still are taken
+    "limit_mm_per_prompt": {"image": 0, "video": 0},
     "enable_prefix_caching": True,
     # log-probabilities of the distribution that was sampled from, temperature included
     "logprobs_mode": "processed_logprobs",
     "disable_log_stats": True,
 }
+
+
+def _room_for_rank(rank: int) -> int:
+    """The smallest rank vLLM makes room for that is enough."""
+    for room in _VLLM_RANKS:
+        if rank <= room:
+            return room
+    raise EngineError(f"LoRA rank {rank} is more than vLLM serves ({_VLLM_RANKS[-1]})")
 
 
 def _environment(threads: int) -> dict[str, str]:
@@ -219,6 +227,8 @@ def _environment(threads: int) -> dict[str, str]:
     chosen = str(threads) if threads else os.environ.get("OMP_NUM_THREADS", str(cores))
     return {
         "OMP_NUM_THREADS": chosen,
+        # threads that spin while they wait make a machine with other work on it several times slower
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "VLLM_NO_USAGE_STATS": "1",

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 _LOG_TAIL_BYTES = 2000
-_CLOSE_SECONDS = 5.0
 _PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 
 Header = dict[str, Any]
@@ -122,14 +121,6 @@ class WorkerProcess:
     def kill(self) -> None:
         """End the worker and everything it started, at once. Idempotent."""
         self._kill()
-
-    def close(self) -> None:
-        """Let the worker end by itself; after 5 seconds, kill it. Idempotent."""
-        if self.alive:
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                send(self._connection, {"op": "close"})
-                self._process.wait(_CLOSE_SECONDS)
-        self.kill()
 
     def _failure(self, what: str) -> WorkerFailure:
         if not self._kill.alive:

@@ -35,10 +35,8 @@ def main(fd, folder):
         elif header["op"] == "die":
             print("out of memory, says the worker", flush=True)
             os._exit(9)
-        elif header["op"] == "fail":
-            send(connection, {"error": "a bad tensor"})
         else:
-            return
+            send(connection, {"error": "a bad tensor"})
 """
 
 
@@ -101,11 +99,11 @@ def test_an_error_is_passed_on_and_ends_the_worker(start: Callable[[], WorkerPro
     assert not worker.alive
 
 
-def test_close_lets_the_worker_end_by_itself(start: Callable[[], WorkerProcess]) -> None:
+def test_kill_ends_the_worker_and_may_be_repeated(start: Callable[[], WorkerProcess]) -> None:
     worker = start()
     worker.request({"op": "echo"}, timeout_s=60)
-    worker.close()
-    worker.close()
+    worker.kill()
+    worker.kill()
     assert not is_running(worker.pid)
 
 
@@ -149,4 +147,4 @@ def test_a_users_rollouts_folder_is_not_imported_instead(
     monkeypatch.chdir(tmp_path)
     worker = WorkerProcess("echo_worker", {"PYTHONPATH": str(tmp_path / "elsewhere")}, tmp_path)
     assert worker.request({"op": "echo"}, timeout_s=60)[0] == {"op": "echo"}
-    worker.close()
+    worker.kill()
