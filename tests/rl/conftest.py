@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from typer.testing import CliRunner, Result
 
 from rl.base.corpus import tokenizer_corpus
 from rl.base.model import create_base
+from rl.cli import app
 from rl.config import Config, load_config
 from rl.data.examples import load_examples
 from rl.data.phantom.dataset import write_phantom
@@ -109,8 +111,9 @@ def config(make_config: Callable[..., Config]) -> Config:
     return make_config()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def engine(workshop: Path) -> Iterator[Engine]:
+    """One for all tests: every trainer gives it its own adapter before it asks anything."""
     engine = make_engine("hf", workshop / "base", device="cpu", max_model_len=512)
     yield engine
     engine.close()
@@ -119,3 +122,28 @@ def engine(workshop: Path) -> Iterator[Engine]:
 @pytest.fixture(scope="session")
 def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
+
+
+@pytest.fixture(scope="session")
+def reasonknee() -> Callable[..., Result]:
+    """Runs a command in this process: `reasonknee("sft", "--config", path, "seed=1")`."""
+
+    def run(*words: str | Path) -> Result:
+        environment = {"COLUMNS": "200", "TERM": "dumb"}
+        return CliRunner().invoke(app, [str(word) for word in words], env=environment)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def refusal(reasonknee: Callable[..., Result]) -> Callable[..., str]:
+    """The message of a command that must end with an exit code (1), in words and without a traceback."""
+
+    def run(*words: str | Path, code: int = 1) -> str:
+        result = reasonknee(*words)
+        assert isinstance(result.exception, SystemExit), result.exception or result.output
+        assert result.exit_code == code, result.output
+        assert "Traceback" not in result.output
+        return " ".join(result.stderr.split())
+
+    return run

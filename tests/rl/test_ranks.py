@@ -1,0 +1,67 @@
+"""Two ranks make the step of one: gradients, metrics and weights, whatever the share of each rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+JOB = Path(__file__).with_name("rank_job.py")
+RUNS = {
+    # two volumes on rank 0, one on rank 1; every group a micro-batch of its own, or all of a rank together
+    "split": ["grpo.volumes_per_step=3", "grpo.max_tokens_per_microbatch=1"],
+    "whole": ["grpo.volumes_per_step=3", "grpo.loss_type=grpo", "grpo.scale_rewards=batch"],
+    "bnpo": ["grpo.volumes_per_step=3", "grpo.loss_type=bnpo", "grpo.max_tokens_per_microbatch=1"],
+    "kl": ["grpo.volumes_per_step=3", "grpo.loss_type=dr_grpo", "grpo.beta=0.1", "grpo.num_iterations=2"],
+    # rank 1 has no volume at all
+    "idle": ["grpo.volumes_per_step=1", "grpo.mask_truncated_completions=true"],
+}
+
+
+def run_ranks(ranks: int, recipe: Path, folder: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    result = subprocess.run(
+        [*command, str(JOB), str(recipe), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def outcome(folder: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    lines = (folder / "grpo" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return records, load_file(folder / "grpo" / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def folder(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "runs.json").write_text(json.dumps(RUNS))
+    for ranks in (1, 2):
+        run_ranks(ranks, workshop / "recipe.yaml", folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
+def test_two_ranks_make_the_step_of_one(folder: Path, run: str) -> None:
+    (one, one_adapter), (two, two_adapter) = (outcome(folder / f"{run}-{ranks}") for ranks in (1, 2))
+    assert len(one) == len(two) == 2
+    for expected, got in zip(one, two, strict=True):
+        assert got.keys() == expected.keys()
+        for name in got.keys() - {"time", "agreement/max"}:
+            if not name.startswith("seconds"):
+                assert got[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
+        assert got["grad_norm"] > 0
+    for name, tensor in one_adapter.items():
+        torch.testing.assert_close(two_adapter[name], tensor, rtol=1e-3, atol=1e-4)
