@@ -35,7 +35,7 @@ def read_file(path: Path) -> Any:
 
 
 def read_override(item: str) -> Any:
-    """One `key=value`.
+    """One `key=value`; nothing after the `=` is the empty text.
 
     Raises:
         ConfigError: it has no `=`, or its value is not YAML.
@@ -43,7 +43,7 @@ def read_override(item: str) -> Any:
     if "=" not in item:
         raise ConfigError(f"override {item!r} is not of the form key=value")
     try:
-        return OmegaConf.from_dotlist([item])
+        return OmegaConf.from_dotlist([f"{item}''" if item.endswith("=") else item])
     except YAMLError as error:
         raise ConfigError(f"override {item!r}: the value is not YAML ({in_one_line(error)})") from error
 
