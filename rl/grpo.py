@@ -98,6 +98,8 @@ class GRPOTrainer:
         self.run = RunFolder(config, "grpo") if accelerator.is_main_process else None
         self.folder = Path(config.run_dir) / "grpo"
         self.task = Task(config, "train")
+        self.val: Task | None = None
+        """The validation split, once it is needed."""
         self.suite = RewardSuite.from_config(config.rewards, reasoning=reasoning_of(config))
         self.sampler = self.task.sampler(config.seed, balance=self.settings.balance)
         checkpoint = last_checkpoint(self.folder / "checkpoints")
@@ -134,10 +136,14 @@ class GRPOTrainer:
         watch.lap("seconds/train")
         self._publish()
         watch.lap("seconds/sync")
+        done, validation = step + 1, {}
+        if self.settings.eval_steps and done % self.settings.eval_steps == 0:
+            validation = self._validate()
+            watch.lap("seconds/validation")
         record = self._record(step, scored, {**sums, "lr": lr}, agreement, watch)
         if self.run:
+            record |= validation
             self.run.log(record)
-            done = step + 1
             if done % self.settings.save_steps == 0 or done == self.settings.max_steps:
                 save_checkpoint(
                     self.folder / "checkpoints", done, self.policy, self.optimizer, self.schedule, {}
@@ -271,6 +277,25 @@ class GRPOTrainer:
         tokens = sum(len(r.token_ids) for r in rollouts if self._counts(r.finish_reason))
         local = torch.tensor([len(rollouts), tokens, batches], device=self.accelerator.device)
         return StepTotals(*self.accelerator.reduce(local, reduction="sum").tolist())
+
+    def _validate(self) -> dict[str, float]:
+        """Mean rewards of greedy answers to `eval_examples` questions, spread evenly over the validation split."""
+        settings, rank = self.settings, self.accelerator.process_index
+        val = self.val or Task(self.config, "val")
+        self.val = val
+        stride = max(1, len(val.examples) // settings.eval_examples)
+        chosen = list(range(0, len(val.examples), stride))[: settings.eval_examples]
+        indices = chosen[rank :: self.accelerator.num_processes]
+        prompts = [val.prompt(i, settings.max_completion_length) for i in indices]
+        greedy = Sampling(temperature=0.0, max_tokens=settings.max_completion_length)
+        groups = self.engine.generate(prompts, 1, greedy, [0] * len(prompts)) if prompts else []
+        scored = [
+            ScoredGroup(i, g, self.suite.score_group(val.examples[i], [g.rollouts[0].text]), torch.zeros(1))
+            for i, g in zip(indices, groups, strict=True)
+        ]
+        table = completion_table(gather_object(completion_records(0, scored, val)), self.suite.names)
+        means = reward_metrics(table)
+        return {f"validation/{name}": value for name, value in means.items() if name.startswith("reward")}
 
     def _publish(self) -> None:
         """Give the engine the new adapter; no rank goes on before the engine answers with it."""

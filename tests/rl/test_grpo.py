@@ -318,6 +318,19 @@ def test_each_step_asks_something_else_and_is_reproducible(make_trainer: MakeTra
     assert len(set(said(0))) == len(said(0))
 
 
+def test_validation_answers_are_greedy_and_of_the_new_adapter(
+    make_config: Callable[..., Config], engine: Engine, accelerator: Accelerator
+) -> None:
+    config = make_config("grpo.eval_steps=2", "grpo.eval_examples=3", "grpo.questions_per_volume=1")
+    train_grpo(config, engine, accelerator)
+    first, second = records(config)
+    assert not any(name.startswith("validation") for name in first)
+    names = {f"validation/{name}" for name in KEYS if name.startswith("reward")}
+    assert set(second) == KEYS | names | {"seconds/validation"}
+    restarted = GRPOTrainer(config, engine, accelerator)
+    assert restarted._validate() == pytest.approx({name: second[name] for name in names})
+
+
 def test_a_missing_sft_adapter_is_named(
     make_config: Callable[..., Config], engine: Engine, accelerator: Accelerator, tmp_path: Path
 ) -> None:
