@@ -1,0 +1,72 @@
+"""`reasonknee launch` with the real loop and real engines: the same training on two ranks as on one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from rl.config import Config
+from rl.grpo import train_grpo
+from rollouts.types import Engine
+
+COMMAND = Path(sys.executable).with_name("reasonknee")
+EQUAL = ("reward", "loss", "grad_norm", "entropy", "completion_length", "groups_without_signal")
+
+
+def _launch(workshop: Path, run_dir: Path, *overrides: str) -> str:
+    done = subprocess.run(
+        [str(COMMAND), "launch", str(workshop / "recipe.yaml"), f"run_dir={run_dir}", *overrides],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _records(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "grpo" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_two_ranks_on_ray_train_the_same_adapter_as_one_process_and_go_on(
+    workshop: Path,
+    make_config: Callable[..., Config],
+    engine: Engine,
+    accelerator: Accelerator,
+    tmp_path: Path,
+) -> None:
+    """Each rank has one of the step's two volumes: sums over ranks, averaged gradients and normalisers must fit."""
+    alone = make_config(run="alone")
+    train_grpo(alone, engine, accelerator)
+    two = tmp_path / "two"
+    printed = _launch(workshop, two, "ray.num_workers=2", "grpo.max_steps=1")
+    assert "GRPO: 1/1  reward" in printed
+    printed = _launch(workshop, two, "ray.num_workers=2")  # two steps now: one more
+    assert "GRPO: 2/2  reward" in printed
+    assert "GRPO: 1/2" not in printed
+    for one, other in zip(_records(Path(alone.run_dir)), _records(two), strict=True):
+        assert {k: other[k] for k in EQUAL} == pytest.approx({k: one[k] for k in EQUAL}, rel=1e-4, abs=1e-6)
+    reached = load_file(Path(alone.run_dir) / "grpo" / "adapter" / "adapter_model.safetensors")
+    for name, tensor in load_file(two / "grpo" / "adapter" / "adapter_model.safetensors").items():
+        torch.testing.assert_close(tensor, reached[name], rtol=1e-3, atol=1e-5)
+    assert "nothing has changed" in _launch(workshop, two, "ray.num_workers=2")
+
+
+@pytest.mark.slow
+def test_the_loop_runs_against_vllm_in_an_actor(workshop: Path, tmp_path: Path) -> None:
+    _launch(workshop, tmp_path / "run", "engine.kind=vllm", "engine.kv_cache_gib=0.25", "grpo.max_steps=2")
+    records = _records(tmp_path / "run")
+    assert [r["step"] for r in records] == [1, 2]
+    assert all(r["agreement/max"] < 1e-3 for r in records)
