@@ -45,6 +45,7 @@ def cluster(settings: RayConfig) -> Iterator[Path | None]:
     # Sockets lie in this folder, and their names may have 107 characters in all: not under a long TMPDIR.
     temporary = None if settings.address else Path(tempfile.mkdtemp(prefix="rk", dir="/tmp"))
     if temporary:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
         cores = this_machine()[0].cpus
         options |= {"num_cpus": int(cores), "include_dashboard": False, "_temp_dir": str(temporary)}
     else:
