@@ -66,9 +66,7 @@ DEFAULT_CONFIG = Path("configs/demo.yaml")
 ConfigFile = Annotated[Path, typer.Option("--config", metavar="FILE", help="Recipe; configs/ has some.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="key=value", help="Settings of the recipe to override, e.g. grpo.max_steps=100."
-    ),
+    typer.Argument(metavar="key=value", help="Settings of the recipe to override, e.g. grpo.max_steps=100."),
 ]
 Again = Annotated[
     bool,
