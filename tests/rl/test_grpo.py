@@ -17,9 +17,12 @@ from safetensors.torch import load_file
 
 from rl.completions import ScoredGroup
 from rl.config import Config, ConfigError
+from rl.engine import start_engine
 from rl.grpo import GRPOTrainer, microbatches, train_grpo
 from rl.loss import LOSS_TYPES
 from rl.model import reference_adapter, trainable
+from rl.pipeline import run_embed
+from rl.progress import StageProgress
 from rollouts.types import Engine, Group
 
 KEYS = {
@@ -111,6 +114,7 @@ def test_a_run_changes_the_adapter_and_records_every_step(
         assert record["reward/variety"] == pytest.approx(of_step["reward/variety"].mean())
 
 
+@pytest.mark.slow
 def test_a_killed_and_restarted_run_is_the_uninterrupted_one(
     make_config: Callable[..., Config], engine: Engine, accelerator: Accelerator
 ) -> None:
@@ -140,6 +144,7 @@ def test_a_killed_and_restarted_run_is_the_uninterrupted_one(
         torch.testing.assert_close(after[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_finished_run_started_again_does_nothing(
     config: Config, engine: Engine, accelerator: Accelerator
 ) -> None:
@@ -225,6 +230,7 @@ def test_volumes_with_the_same_header_are_counted_apart(make_trainer: MakeTraine
     assert len(next(microbatches(scored, 2 * size))) == 2
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_gradient(make_trainer: MakeTrainer) -> None:
     plain, saving = make_trainer(), make_trainer("model.gradient_checkpointing=true")
     scored = scored_groups(plain)
@@ -292,6 +298,7 @@ def test_a_second_pass_over_the_batch_is_off_policy(
     assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {2}
 
 
+@pytest.mark.slow
 def test_importance_correction_changes_nothing_while_engine_and_trainer_agree(
     make_trainer: MakeTrainer,
 ) -> None:
@@ -308,6 +315,23 @@ def test_importance_correction_changes_nothing_while_engine_and_trainer_agree(
     assert halved["importance"] == pytest.approx(halved["tokens"] / 2, rel=1e-4)
 
 
+@pytest.mark.slow
+def test_in_bfloat16_the_adapter_is_float32_and_importance_is_corrected(
+    make_config: Callable[..., Config], accelerator: Accelerator
+) -> None:
+    config = make_config("model.dtype=bfloat16")
+    run_embed(config, StageProgress("embed"))
+    engine = start_engine(config)
+    trainer = GRPOTrainer(config, engine, accelerator)
+    assert {p.dtype for p in trainable(trainer.policy)} == {torch.float32}
+    assert trainer.policy.language_model.dtype == torch.bfloat16
+    record = trainer.step(0)
+    assert set(record) == KEYS | {"importance_ratio"}
+    assert record["importance_ratio"] == pytest.approx(1, abs=0.05)
+    assert 0 < record["agreement/mean"] < 0.1
+    engine.close()
+
+
 def test_each_step_asks_something_else_and_is_reproducible(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer()
 
@@ -318,6 +342,7 @@ def test_each_step_asks_something_else_and_is_reproducible(make_trainer: MakeTra
     assert len(set(said(0))) == len(said(0))
 
 
+@pytest.mark.slow
 def test_validation_answers_are_greedy_and_of_the_new_adapter(
     make_config: Callable[..., Config], engine: Engine, accelerator: Accelerator
 ) -> None:

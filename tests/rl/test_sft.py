@@ -82,6 +82,7 @@ def test_the_adapter_of_the_best_epoch_is_kept_and_patience_ends_the_run(
     assert [r["val_loss"] for r in seen if "val_loss" in r] == [3.0, 2.0, 2.5, 2.0]
 
 
+@pytest.mark.slow
 def test_training_lowers_the_validation_loss(make_config: Callable[..., Config]) -> None:
     config = make_config("sft.max_epochs=3")
     adapter = train_sft(config)
@@ -98,6 +99,7 @@ def test_time_ends_a_run_and_what_was_learnt_is_validated_and_kept(
     assert adapter.is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_at", [1, 3])
 def test_a_killed_and_restarted_run_is_the_uninterrupted_one(
     make_config: Callable[..., Config], killed_at: int
@@ -122,6 +124,7 @@ def test_a_killed_and_restarted_run_is_the_uninterrupted_one(
         torch.testing.assert_close(tensors(restarted)[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_adapter(make_config: Callable[..., Config], workshop: Path) -> None:
     config = make_config(f"sft.init_adapter={workshop / 'sft'}", "sft.learning_rate=1e-9", "sft.max_epochs=1")
     adapter = train_sft(config)
