@@ -55,7 +55,7 @@ def train_on_best_of_g(
     write_atomically(Path(config.data.root) / "generate_data" / name, json.dumps(items))
     chosen = deepcopy(config)
     chosen.data.train_file = name
-    left = max(0.0, seconds - (time.monotonic() - started))
+    left = max(1.0, seconds - (time.monotonic() - started))  # 0 would mean no limit
     return continue_sft(chosen, left, stage="sft-best-of-g")
 
 
