@@ -3,11 +3,36 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
 
 from rewards.errors import ReasonKneeError
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _ABOUT_A_PATH = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+
+
+class WriteError(ReasonKneeError, OSError):
+    """Something could not be written; what was there before still is."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around code that writes `path` under a temporary name: failures name the path and the remedy.
+
+    Raises:
+        WriteError: the disk is full, or the folder not writable. Libraries have errors of their own for it.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise WriteError(
+            f"cannot write {path} ({error}); free space, or set run_dir to another disk, and run again: what was "
+            "finished is kept"
+        ) from error
 
 
 def expected_errors() -> tuple[type[Exception], ...]:

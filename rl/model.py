@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForCo
 
 from rl.config import Config, ConfigError
 from rl.environment import pick_device, pick_dtype
+from rl.errors import writing
 from rl.packed import PackedPolicy
 from rollouts.adapters import check_adapter, linear_shapes
 
@@ -83,14 +84,19 @@ def load_policy(
 
 
 def save_adapter(policy: PackedPolicy, folder: Path) -> None:
-    """Write the trained adapter as a PEFT folder, complete or not at all."""
+    """Write the trained adapter as a PEFT folder, complete or not at all.
+
+    Raises:
+        WriteError: the disk is full, say; the former adapter stays.
+    """
     staging, replaced = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     for leftover in (staging, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
-    policy.model.save_pretrained(staging, selected_adapters=["default"], safe_serialization=True)
-    if folder.exists():
-        folder.rename(replaced)  # not deleted yet: at every moment a complete adapter is on disk
-    staging.rename(folder)
+    with writing(folder):
+        policy.model.save_pretrained(staging, selected_adapters=["default"], safe_serialization=True)
+        if folder.exists():
+            folder.rename(replaced)  # not deleted yet: at every moment a complete adapter is on disk
+        staging.rename(folder)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -186,7 +186,9 @@ def _phantom_inputs(config: Config) -> Inputs:
 
 def _embed_inputs(config: Config) -> Inputs:
     shown = inputs.volumes(config, ("train", "val", "test"), masks=False, modified=True)
-    return Inputs(inputs.settings(config, *_FEATURES), {"data/volumes": shown, **inputs.model_files(config)})
+    # the cache's index knows files by their path: those of a dataset that was moved are hashed once more
+    chosen = {"data.root": config.data.root, **inputs.settings(config, *_FEATURES)}
+    return Inputs(chosen, {"data/volumes": shown, **inputs.model_files(config)})
 
 
 def _sft_inputs(config: Config) -> Inputs:

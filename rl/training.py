@@ -17,8 +17,10 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.tensorboard import SummaryWriter
 
+from rewards.errors import ReasonKneeError
 from rl.config import Config, save_config
 from rl.environment import write_environment
+from rl.errors import writing
 from rl.model import save_adapter
 from rl.packed import PackedPolicy
 
@@ -26,6 +28,10 @@ OPTIMIZER = "optimizer.safetensors"
 
 OnMetrics = Callable[[dict[str, float]], None]
 """Called with each step's record."""
+
+
+class DivergedError(ReasonKneeError, FloatingPointError):
+    """A loss, gradient or weight is no longer a finite number."""
 
 
 def make_optimizer(
@@ -50,7 +56,7 @@ def clip_gradients(
     wait for ever. A parameter without a gradient counts as zero.
 
     Raises:
-        FloatingPointError: the norm is NaN or infinite; no weight has moved yet.
+        DivergedError: the norm is NaN or infinite; no weight has moved yet.
     """
     for parameter in parameters:
         if parameter.grad is None:
@@ -62,9 +68,7 @@ def clip_gradients(
             grad.copy_(total.view_as(grad))
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
     if not math.isfinite(norm):
-        raise FloatingPointError(
-            f"the gradient's norm is {norm}; lower the learning rate or check the rewards"
-        )
+        raise DivergedError(f"the gradient's norm is {norm}; lower the learning rate or check the rewards")
     return norm
 
 
@@ -82,11 +86,11 @@ class RunFolder:
         """Append a step's record to metrics.jsonl and TensorBoard. Non-finite values are refused.
 
         Raises:
-            FloatingPointError: a value is NaN or infinite; the message names it.
+            DivergedError: a value is NaN or infinite; the message names it.
         """
         bad = {k: v for k, v in record.items() if not math.isfinite(v)}
         if bad:
-            raise FloatingPointError(
+            raise DivergedError(
                 f"step {record.get('step')}: {bad}; lower the learning rate or check the rewards"
             )
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -134,6 +138,9 @@ def save_checkpoint(
     """`folder/step-N` with adapter, optimizer and schedule; older checkpoints are removed once it is complete.
 
     Tensors as safetensors, everything else in `state.json`.
+
+    Raises:
+        WriteError: the disk is full, say; the former checkpoint stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target, staging = folder / f"step-{step:06d}", folder / ".staging"
@@ -142,11 +149,12 @@ def save_checkpoint(
     save_adapter(policy, staging / "adapter")
     saved = optimizer.state_dict()
     moments = {f"{i}.{name}": x for i, state in saved["state"].items() for name, x in state.items()}
-    save_file(moments, staging / OPTIMIZER)
     numbers = {"param_groups": saved["param_groups"], "schedule": schedule.state_dict()}
-    (staging / "state.json").write_text(json.dumps({"step": step, **extra, **numbers}), encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    staging.rename(target)
+    with writing(target):
+        save_file(moments, staging / OPTIMIZER)
+        (staging / "state.json").write_text(json.dumps({"step": step, **extra, **numbers}), encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        staging.rename(target)
     for other in folder.glob("step-*"):
         if other != target:
             shutil.rmtree(other)
