@@ -28,7 +28,7 @@ def reasonknee() -> Path:
 def smoke_run(tmp_path_factory: pytest.TempPathFactory, reasonknee: Path) -> Path:
     """Folder of the demo at its smallest (`configs/smoke.yaml`), made once for all slow tests.
 
-    What it printed is in `demo.log`. Tests look and add folders of their own; whoever changes results copies it first.
+    What it printed is in `demo.log`. Tests may add folders of their own and run stages again, if it ends complete.
     """
     folder = tmp_path_factory.mktemp("smoke")
     with (folder / "demo.log").open("w", encoding="utf-8") as log:

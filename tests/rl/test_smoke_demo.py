@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the first of all also makes the run
 
 PROGRAM = Path(sys.executable).with_name("reasonknee")
 RECIPE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
@@ -22,9 +22,9 @@ NOISE = ("Traceback", "Loading weights", "Warning", "WARNING", "it/s]", "INFO")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run's folder; the tests of this file follow one another in it."""
-    return tmp_path_factory.mktemp("smoke")
+def folder(smoke_run: Path) -> Path:
+    """The run that all slow tests share; the tests of this file follow one another in it and leave it complete."""
+    return smoke_run
 
 
 def words(folder: Path, *command: str) -> list[str]:
@@ -45,6 +45,10 @@ def demo(folder: Path, *overrides: str) -> str:
     )
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed
+    return quiet(printed)
+
+
+def quiet(printed: str) -> str:
     assert not [noise for noise in NOISE if noise in printed], printed
     return printed
 
@@ -75,7 +79,7 @@ def all_gone(processes: list[psutil.Process]) -> bool:
 
 
 def test_the_demo_leads_from_nothing_to_a_report(folder: Path) -> None:
-    printed = demo(folder)
+    printed = quiet((folder / "demo.log").read_text(encoding="utf-8"))
     for number, stage in enumerate(STAGES, start=1):
         assert f"{number}/{len(STAGES)} {stage}" in printed
     for result in ("sft/adapter", "grpo/adapter", "eval/baseline", "eval/base", "eval/SFT", "eval/GRPO"):
