@@ -19,12 +19,13 @@ from rl.grpo import train_grpo
 from rollouts.types import Engine
 
 COMMAND = Path(sys.executable).with_name("reasonknee")
+SETTINGS = ("grpo.warmup_steps=0", "eval.max_completion_length=64")
 EQUAL = ("reward", "loss", "grad_norm", "entropy", "completion_length", "groups_without_signal")
 
 
 def _launch(workshop: Path, run_dir: Path, *overrides: str) -> str:
     done = subprocess.run(
-        [str(COMMAND), "launch", str(workshop / "recipe.yaml"), f"run_dir={run_dir}", *overrides],
+        [str(COMMAND), "launch", str(workshop / "recipe.yaml"), f"run_dir={run_dir}", *SETTINGS, *overrides],
         capture_output=True,
         text=True,
         timeout=500,
@@ -48,7 +49,7 @@ def test_two_ranks_on_ray_train_the_same_adapter_as_one_process_and_go_on(
     tmp_path: Path,
 ) -> None:
     """Each rank has one of the step's two volumes: sums over ranks, averaged gradients and normalisers must fit."""
-    alone = make_config(run="alone")
+    alone = make_config(*SETTINGS, run="alone")
     train_grpo(alone, engine, accelerator)
     two = tmp_path / "two"
     printed = _launch(workshop, two, "ray.num_workers=2", "grpo.max_steps=1")
