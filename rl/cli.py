@@ -97,8 +97,10 @@ def demo(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None, again
         table.add_row(stage.title, "skipped" if seconds is None else clock(seconds))
     table.add_row("total", clock(time.monotonic() - started), style="bold")
     console.print(table)
-    results = json.loads((Path(loaded.run_dir) / "results.json").read_text(encoding="utf-8"))
-    console.print(f"\n{results['verdict']}\n\nreport: {Path(loaded.run_dir) / 'report.html'}", markup=False)
+    if seconds is None:  # else the comparison has just said it
+        results = json.loads((Path(loaded.run_dir) / "results.json").read_text(encoding="utf-8"))
+        console.print(results["verdict"], markup=False)
+    console.print(f"report: {Path(loaded.run_dir) / 'report.html'}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -168,13 +170,14 @@ def launch(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the placement and check that it fits.")
     ] = False,
+    again: Again = False,
 ) -> None:
     """GRPO under Ray: engines and training workers on the cluster's CPUs and GPUs."""
     given = [*(overrides or []), *([f"ray.address={address}"] if address else [])]
     loaded = _load(config, given)
     from rl.launch import launch as run
 
-    raise typer.Exit(run(loaded, dry_run=dry_run))
+    raise typer.Exit(run(loaded, dry_run=dry_run, again=again))
 
 
 @data_app.command()

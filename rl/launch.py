@@ -76,6 +76,7 @@ def launch(
     config: Config,
     dry_run: bool = False,
     *,
+    again: bool = False,
     job: Job = GRPO,
     stage: Stage = STAGES["grpo"],
     check: Callable[[Config], None] = check_inputs,
@@ -85,6 +86,7 @@ def launch(
     Args:
         config: validated; its `ray` section says who gets what.
         dry_run: print the placement and whether the cluster can hold it, start nothing.
+        again: begin anew; former results are moved to `<run_dir>/old/`.
         job: what runs on the cluster.
         stage: what is recorded as done; the same as of `reasonknee grpo`, so that either goes on with the other's run.
         check: called before anything is started.
@@ -102,7 +104,7 @@ def launch(
             if not config.ray.address and not ray.is_initialized():
                 _refuse_what_does_not_fit(config.ray, this_machine())
             check(config)
-            if run_stage(config, replace(stage, run=partial(_run, job))) is None:
+            if run_stage(config, replace(stage, run=partial(_run, job)), again=again) is None:
                 console.print(f"{stage.title}: nothing has changed since it finished; skipped")
             return OK
     except KeyboardInterrupt:

@@ -200,4 +200,4 @@ def run_compare(config: Config, progress: StageProgress, a: str = SFT, b: str = 
         metrics if metrics.exists() else None,
         parse_convention(config.data.box_convention).axes,
     )
-    return f"{verdict(result)}\nreport: {report}"
+    return f"{verdict(result)}\nreport and tables in {report}"

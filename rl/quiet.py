@@ -23,6 +23,7 @@ def quiet_libraries() -> None:
         DeprecationWarning,
     ):  # of one library about another: nothing a user can do
         warnings.simplefilter("ignore", category)
+    warnings.formatwarning = lambda message, *place: f"warning: {message}\n"
 
 
 def quiet_bars() -> None:

@@ -10,11 +10,13 @@ The stages' functions are in `rl.pipeline`, imported when one has to run: torch 
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +24,7 @@ from typing import Literal
 from rewards.errors import ReasonKneeError
 from rl import stage_inputs as inputs
 from rl.config import Config, save_config
+from rl.data.phantom.marker import refuse_other_data
 from rl.progress import StageProgress, clock
 from rl.quiet import quiet_bars
 from rl.stage_inputs import Inputs
@@ -82,7 +85,7 @@ def run_stage(
     must_move = bool(former and out_of_date and (before is None or _has_figures(former)))
     if must_move and not again and outdated == "refuse":
         raise StageError(_refusal(stage, former, changes))
-    with StageProgress(stage.title) as progress:
+    with _alone(record_path, stage), StageProgress(stage.title) as progress:
         if must_move:
             moved = move_aside(Path(config.run_dir), stage.name, [*former, record_path])
             why = "; ".join(changes) or "asked for again"
@@ -96,6 +99,26 @@ def run_stage(
         write_record(record_path, now, done=True, seconds=seconds)
         progress.log(f"{stage.title}: {summary or 'done'} ({clock(seconds)})")
     return seconds
+
+
+@contextmanager
+def _alone(record_path: Path, stage: Stage) -> Iterator[None]:
+    """Keeps a second process from doing the same stage of the same run at once.
+
+    Raises:
+        StageError: another process is at it.
+    """
+    lock = _made(record_path.parent) / f"{stage.name}.lock"
+    with lock.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StageError(
+                f"another process is doing {stage.title} of this run (it holds {lock})"
+            ) from error
+        except OSError:  # a file system without locks: then there is no guard
+            pass
+        yield
 
 
 def require_finished(config: Config, name: str, remedy: str) -> None:
@@ -181,6 +204,7 @@ _TASK = ("seed", "data", "view", "model", "embed")
 
 
 def _phantom_inputs(config: Config) -> Inputs:
+    refuse_other_data(Path(config.phantom.out_dir).expanduser())
     return Inputs(inputs.settings(config, "phantom", "data.question_ids"), {})
 
 

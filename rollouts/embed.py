@@ -32,7 +32,7 @@ from rollouts.volumes import (
 Progress = Callable[[int, int], None]
 """Called with (volumes done, volumes in all)."""
 
-_SECONDS_BETWEEN_REPORTS = 10.0
+_SECONDS_BETWEEN_INDEX_WRITES = 10.0
 
 
 class EmbedError(ReasonKneeError, RuntimeError):
@@ -87,7 +87,7 @@ def embed_examples(
 
     job = _Job(tower, cache, view, axes, storage, recipe)
     faults: list[str] = []
-    started = reported = time.monotonic()
+    started = indexed = time.monotonic()
     if progress is not None:
         progress(len(keys), len(wanted))
     try:
@@ -97,12 +97,9 @@ def embed_examples(
             if progress is not None:
                 progress(done, len(wanted))
             now = time.monotonic()
-            if now - reported >= _SECONDS_BETWEEN_REPORTS:
-                reported = now
+            if now - indexed >= _SECONDS_BETWEEN_INDEX_WRITES:
+                indexed = now
                 job.write_index()
-                rate = (done - len(wanted) + len(remaining)) / (now - started)
-                minutes = (len(wanted) - done) / rate / 60
-                log(f"{done} of {len(wanted)} volumes, {rate:.2f} a second, {minutes:.0f} min left")
     finally:
         job.write_index()
     seconds = time.monotonic() - started

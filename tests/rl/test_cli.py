@@ -109,6 +109,7 @@ def test_phantoms_are_written_once_and_never_over_other_data(
     assert "skipped" in reasonknee(*words).output
     (tmp_path / "real" / "split_files").mkdir(parents=True)
     assert "a dataset that is not a phantom" in refusal("phantom", *recipe, f"data.root={tmp_path / 'real'}")
+    assert [path.name for path in (tmp_path / "real").iterdir()] == ["split_files"]
 
 
 def test_the_dataset_check_needs_no_recipe(workshop: Path, reasonknee: Cli, refusal: Refusal) -> None:

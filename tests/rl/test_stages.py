@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from rl.config import Config, load_config
+from rl.data.phantom.marker import MARKER
 from rl.progress import StageProgress
 from rl.stages import STAGES, Run, StageError, read_record, require_finished, run_stage
 
@@ -48,6 +49,7 @@ def phantom(config: Config, progress: StageProgress) -> str:
         row = f"1,00M,1,1,1,p,{image},masks/{split}.nii.gz"
         _write(root / "split_files" / f"{split}_split.csv", f"{SPLIT_HEADER}\n{row}\n")
         _write(root / "generate_data" / f"{split}.json", f"[{config.phantom.seed}]")
+    _write(root / MARKER, "{}")
     return "phantoms"
 
 
@@ -259,6 +261,15 @@ def test_nothing_builds_on_a_half_trained_adapter(config: Config) -> None:
         run_stage(config, replace(STAGES["sft"], run=interrupted))
     with pytest.raises(StageError, match="SFT has not finished"):
         require_finished(config, "sft", "run `reasonknee sft`")
+
+
+def test_two_processes_do_not_do_the_same_stage_at_once(config: Config) -> None:
+    def starts_it_again(config: Config, progress: StageProgress) -> str:
+        with pytest.raises(StageError, match="another process is doing GRPO of this run"):
+            run_stage(config, replace(STAGES["grpo"], run=grpo))
+        return "done"
+
+    assert run_stage(config, replace(STAGES["grpo"], run=starts_it_again)) is not None
 
 
 def test_two_runs_share_one_dataset_without_writing_it_twice(config: Config) -> None:

@@ -21,12 +21,10 @@ from rewards.ontology import BENCHMARK_QUESTION_IDS, QUESTIONS
 from rl.config import Config, ConfigError
 from rl.data.layout import HEADER, SIDES, SPLITS
 from rl.data.phantom.labels import LABELS, question_labels
+from rl.data.phantom.marker import MARKER, refuse_other_data
 from rl.data.phantom.patients import Finding, Patient, Scan, plan_patients, write_patient
 from rl.data.phantom.reasoning import reasoning_sentence
 from rollouts.prompts import question_text
-
-MARKER = "phantom.json"
-"""File that says a data folder holds phantoms, and made from which settings."""
 
 Item = dict[str, str]
 Progress = Callable[[int, int], None]
@@ -44,11 +42,7 @@ def write_phantom(config: Config, progress: Progress | None = None) -> Path:
     """
     phantom = config.phantom
     root = Path(phantom.out_dir).expanduser()
-    if (root / "split_files").exists() and not (root / MARKER).exists():
-        raise ConfigError(
-            f"phantom.out_dir is {root}, which holds a dataset that is not a phantom; choose another folder, "
-            "phantoms would overwrite it"
-        )
+    refuse_other_data(root)
     x, y, slices = (int(n) for n in _three(phantom.shape, "shape"))
     fov_mm = _three(phantom.fov_mm, "fov_mm")
     counts: dict[str, int] = {
