@@ -125,8 +125,8 @@ def accelerator() -> Accelerator:
 
 
 @pytest.fixture(scope="session")
-def reasonknee() -> Callable[..., Result]:
-    """Runs a command in this process: `reasonknee("sft", "--config", path, "seed=1")`."""
+def cli() -> Callable[..., Result]:
+    """Runs a command in this process: `cli("sft", "--config", path, "seed=1")`."""
 
     def run(*words: str | Path) -> Result:
         environment = {"COLUMNS": "200", "TERM": "dumb"}
@@ -136,11 +136,11 @@ def reasonknee() -> Callable[..., Result]:
 
 
 @pytest.fixture(scope="session")
-def refusal(reasonknee: Callable[..., Result]) -> Callable[..., str]:
+def refusal(cli: Callable[..., Result]) -> Callable[..., str]:
     """The message of a command that must end with an exit code (1), in words and without a traceback."""
 
     def run(*words: str | Path, code: int = 1) -> str:
-        result = reasonknee(*words)
+        result = cli(*words)
         assert isinstance(result.exception, SystemExit), result.exception or result.output
         assert result.exit_code == code, result.output
         assert "Traceback" not in result.output

@@ -111,11 +111,11 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", [*FAULTS, "a mask on another grid"])
 def test_the_dataset_check_names_file_and_fault(
-    fault: str, data: Path, damaged: list[str | Path], reasonknee: Cli
+    fault: str, data: Path, damaged: list[str | Path], cli: Cli
 ) -> None:
     plant, said = FAULTS.get(fault, (crop_mask, "(44, 48, 12)"))
     where = plant(data)
-    result = reasonknee("data", "check", *damaged)
+    result = cli("data", "check", *damaged)
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)
     printed = " ".join(result.output.split())
@@ -197,7 +197,7 @@ def test_a_prompt_longer_than_the_context_names_the_lengths_and_the_setting(
 
 
 def test_features_that_were_damaged_on_disk_are_named_and_made_again(
-    workshop: Path, tmp_path: Path, words: list[str | Path], reasonknee: Cli, refusal: Refusal
+    workshop: Path, tmp_path: Path, words: list[str | Path], cli: Cli, refusal: Refusal
 ) -> None:
     cache = Path(shutil.copytree(workshop / "cache", tmp_path / "cache"))
     for entry in cache.rglob("*.safetensors"):
@@ -206,8 +206,8 @@ def test_features_that_were_damaged_on_disk_are_named_and_made_again(
         entry.write_bytes(content)
     given = [*words, f"embed.cache_dir={cache}"]
     assert "run `reasonknee embed` again" in refusal("sft", *given)
-    assert reasonknee("embed", *given).exit_code == 0
-    assert reasonknee("sft", *given).exit_code == 0
+    assert cli("embed", *given).exit_code == 0
+    assert cli("sft", *given).exit_code == 0
 
 
 @contextmanager
@@ -222,10 +222,10 @@ def files_no_larger_than(size: int) -> Iterator[None]:
 
 
 def test_a_disk_that_fills_up_while_an_adapter_is_written_costs_nothing_that_was_finished(
-    workshop: Path, tmp_path: Path, words: list[str | Path], reasonknee: Cli, refusal: Refusal
+    workshop: Path, tmp_path: Path, words: list[str | Path], cli: Cli, refusal: Refusal
 ) -> None:
     given = [*words, f"grpo.init_adapter={workshop / 'sft'}"]
-    assert reasonknee("grpo", *given).exit_code == 0
+    assert cli("grpo", *given).exit_code == 0
     adapter = tmp_path / "run" / "grpo" / "adapter" / "adapter_model.safetensors"
     before = adapter.read_bytes()
     with files_no_larger_than(adapter.stat().st_size - 1):
@@ -233,26 +233,26 @@ def test_a_disk_that_fills_up_while_an_adapter_is_written_costs_nothing_that_was
     assert f"cannot write {adapter.parent}" in message
     assert "free space" in message
     assert adapter.read_bytes() == before
-    assert reasonknee("grpo", *given, "grpo.max_steps=4").exit_code == 0
+    assert cli("grpo", *given, "grpo.max_steps=4").exit_code == 0
     lines = (tmp_path / "run" / "grpo" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
 
 
 def test_a_disk_that_fills_up_while_features_are_written_keeps_those_that_were(
-    tmp_path: Path, words: list[str | Path], reasonknee: Cli, refusal: Refusal
+    tmp_path: Path, words: list[str | Path], cli: Cli, refusal: Refusal
 ) -> None:
     given = [*words, f"embed.cache_dir={tmp_path / 'cache'}"]
     with files_no_larger_than(20_000):
         message = refusal("embed", *given)
     assert "free space" in message
     assert not list(tmp_path.rglob("*.tmp"))
-    assert reasonknee("embed", *given).exit_code == 0
+    assert cli("embed", *given).exit_code == 0
 
 
 def test_a_dataset_check_survives_a_file_that_is_no_gzip(
-    data: Path, damaged: list[str | Path], reasonknee: Cli
+    data: Path, damaged: list[str | Path], cli: Cli
 ) -> None:
     image_of(data).write_bytes(gzip.compress(b"not a volume"))
-    result = reasonknee("data", "check", *damaged)
+    result = cli("data", "check", *damaged)
     assert result.exit_code == 1
     assert str(image_of(data)) in " ".join(result.output.split())

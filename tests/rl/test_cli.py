@@ -29,8 +29,8 @@ def recipe(workshop: Path, tmp_path: Path) -> Words:
 
 
 @pytest.mark.parametrize("stage", ["demo", *STAGES])
-def test_every_stage_takes_a_recipe_and_overrides(stage: str, reasonknee: Cli) -> None:
-    result = reasonknee(stage, "--help")
+def test_every_stage_takes_a_recipe_and_overrides(stage: str, cli: Cli) -> None:
+    result = cli(stage, "--help")
     assert result.exit_code == 0
     assert "--config" in result.output
     assert "[key=value]..." in result.output
@@ -49,13 +49,13 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
 
 
 def test_the_stages_by_name_lead_from_embeddings_to_a_report(
-    recipe: Words, tmp_path: Path, reasonknee: Cli, refusal: Refusal
+    recipe: Words, tmp_path: Path, cli: Cli, refusal: Refusal
 ) -> None:
     """Each says what came out and where it is; asked again, it does nothing."""
     grpo = ["grpo", *recipe, "grpo.init_adapter=", "eval.max_examples=4", "compare.bootstrap_draws=50"]
     said = {}
     for words in (["embed", *recipe], ["sft", *recipe], grpo, ["eval", *grpo[1:]]):
-        result = reasonknee(*words)
+        result = cli(*words)
         assert result.exit_code == 0, (result.output, result.exception)
         said[words[0]] = result.output
     assert re.search(r"embed: features of 7 volumes in \S+/cache \(\d+ s\)", said["embed"])
@@ -64,19 +64,19 @@ def test_the_stages_by_name_lead_from_embeddings_to_a_report(
     assert f"benchmark: answers of baseline, base, SFT, GRPO in {tmp_path}/run/eval" in said["eval"]
     assert "Loading weights" not in "".join(said.values())
 
-    compared = reasonknee("compare", "SFT", "GRPO", *grpo[1:])
+    compared = cli("compare", "SFT", "GRPO", *grpo[1:])
     assert compared.exit_code == 0, (compared.output, compared.exception)
     assert "GRPO against SFT" in compared.output
     assert (tmp_path / "run" / "report.html").is_file()
 
-    assert "nothing has changed" in reasonknee(*grpo).output
+    assert "nothing has changed" in cli(*grpo).output
     message = refusal(*grpo, "grpo.learning_rate=0.5")
     assert "grpo.learning_rate was 0.003 and is 0.5" in message
-    again = reasonknee(*grpo, "grpo.learning_rate=0.5", "--again")
+    again = cli(*grpo, "grpo.learning_rate=0.5", "--again")
     assert again.exit_code == 0, (again.output, again.exception)
     assert (tmp_path / "run" / "old" / "grpo-1" / "grpo" / "adapter").is_dir()
 
-    answered = reasonknee("eval", *grpo[1:], "grpo.learning_rate=0.5")
+    answered = cli("eval", *grpo[1:], "grpo.learning_rate=0.5")
     assert "SFT: has answered already" in answered.output
     assert "GRPO: former answers" in answered.output
     assert "no run 'nobody': use one of baseline, base, SFT, GRPO" in refusal(
@@ -101,19 +101,19 @@ def test_compare_before_eval_names_the_command_to_run_first(recipe: Words, refus
 
 
 def test_phantoms_are_written_once_and_never_over_other_data(
-    recipe: Words, tmp_path: Path, reasonknee: Cli, refusal: Refusal
+    recipe: Words, tmp_path: Path, cli: Cli, refusal: Refusal
 ) -> None:
     words = ["phantom", *recipe, f"data.root={tmp_path / 'data'}"]
-    said = reasonknee(*words).output
+    said = cli(*words).output
     assert re.search(rf"phantoms: 7 knees of 7 patients in {tmp_path}/data \(\d+ s\)", said)
-    assert "skipped" in reasonknee(*words).output
+    assert "skipped" in cli(*words).output
     (tmp_path / "real" / "split_files").mkdir(parents=True)
     assert "a dataset that is not a phantom" in refusal("phantom", *recipe, f"data.root={tmp_path / 'real'}")
     assert [path.name for path in (tmp_path / "real").iterdir()] == ["split_files"]
 
 
-def test_the_dataset_check_needs_no_recipe(workshop: Path, reasonknee: Cli, refusal: Refusal) -> None:
-    result = reasonknee("data", "check", "--root", workshop / "data", "data.question_ids=[1,16,42,60]")
+def test_the_dataset_check_needs_no_recipe(workshop: Path, cli: Cli, refusal: Refusal) -> None:
+    result = cli("data", "check", "--root", workshop / "data", "data.question_ids=[1,16,42,60]")
     assert result.exit_code == 0, result.output
     assert "No errors." in result.output
     assert "give --root DIR" in refusal("data", "check", code=2)
@@ -133,12 +133,12 @@ def test_a_folder_that_shadows_a_package_ends_the_command(tmp_path: Path) -> Non
     assert f"error: the package 'rewards' was imported from {tmp_path}" in done.stderr
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, recipe: Words, reasonknee: Cli) -> None:
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, recipe: Words, cli: Cli) -> None:
     def broken(config: object) -> str:
         raise ZeroDivisionError
 
     monkeypatch.setattr("rl.config_check.validate", broken)
-    result = reasonknee("embed", *recipe)
+    result = cli("embed", *recipe)
     assert not isinstance(result.exception, SystemExit)
 
 
