@@ -14,6 +14,7 @@ from typing import Any
 from rl.config import Config, ConfigError
 from rl.environment import pick_device
 from rl.one_install import check_one_install
+from rl.quiet import quiet_bars
 from rl.terminal import connected_to
 from rollouts.actor import EngineLocation
 from rollouts.pool import EnginePool
@@ -78,6 +79,7 @@ def rank_loop(train_loop_config: dict[str, RankSettings]) -> None:
     context = ray.train.get_context()
     with connected_to(given.terminal, context.get_world_rank()) as show:
         given.home.enter()
+        quiet_bars()
         config, pool = on_device(given.config, given.config.ray.gpus_per_worker), given.pool
         if config.ray.placement == "colocate":
             gpus = tuple(int(gpu) for gpu in ray.get_gpu_ids())

@@ -1,81 +1,86 @@
-"""Second half of the base: the whole model learns to look things up in the visual tokens.
+"""Second half of the base: the language model learns to look things up in the visual tokens.
 
 Two phases, both next-token prediction on the packed forward with several questions of each volume:
 
-1. lookup: nothing but the name of a finding, answered by its grades. A question is four tokens, so forty fit where
-   ten full prompts would, and grades are all there is to learn.
+1. lookup: attributes and findings by name, each followed by its grade. A question is four tokens, so sixty fit where
+   a few full prompts would, and grades are all there is to learn.
 2. answers: full prompts, answered with grades and box, half of them in the declared format. The rate decays.
 
-In both the visual tokens are also supervised half-way up the language model: which region each belongs to and its
-grades. Only the language model sees all slices and the side of the knee, and without that help it stays at the
-commonest grade for a long time. The tower goes on learning at a lower rate; it is frozen ever after.
+Next-token loss alone stays at the commonest grade for hundreds of steps. So in both phases one layer is told where
+to look: its attention, from the tokens that predict an answer to the visual tokens, is held to the question's region.
+The tower is frozen: the visual tokens are computed once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rl.base.answers import AnswerTrees
-from rl.base.vision import TokenHeads, TokenTargets, tower_embeds
-from rl.packed import PackedPolicy, pack
-from rollouts.volumes import PatchSizes
+from rewards.ontology import QUESTIONS
+from rl.base.answers import AnswerTrees, Quiz
+from rl.base.knees import KneeArrays
+from rl.base.vision import COVERED
+from rl.data.phantom.labels import question_labels
+from rl.packed import PackedBatch, PackedPolicy, pack, packed_tree_attention
 
 OnStep = Callable[[int, dict[str, float]], None]
 
 VOLUMES = 8
 """Volumes per step."""
-LOOKUPS, ANSWERS = 40, 10
+LOOKUPS, ANSWERS = 32, 10
 """Questions per volume in the two phases."""
+LOOK_WEIGHT = 0.3
+_WATCHED = "packed_tree_watched"
 
 
 class LanguageTrainer:
-    """Full-parameter training of tower and language model on phantoms."""
+    """Full-parameter training of the language model on phantoms."""
 
     def __init__(
         self,
         model: Qwen2_5_VLForConditionalGeneration,
         data: AnswerTrees,
         question_ids: Sequence[int],
-        sizes: PatchSizes,
         *,
         learning_rate: float,
         seed: int,
     ) -> None:
-        self.policy, self.visual = PackedPolicy(model), model.model.visual
-        self.data, self.question_ids, self.sizes = data, question_ids, sizes
-        self.hidden = int(self.policy.language_model.config.hidden_size)
-        torch.manual_seed(seed)
-        self.heads, self.targets = TokenHeads(self.hidden), TokenTargets()
-        self.rng = np.random.default_rng(seed)
-        language = [*self.policy.language_model.parameters(), *self.heads.parameters()]
-        self.groups: list[dict[str, Any]] = [
-            {"params": language, "lr": learning_rate},
-            {"params": list(self.visual.parameters()), "lr": learning_rate / 3},
-        ]
-        self._middle: list[torch.Tensor] = []
-        layers = self.policy.language_model.layers
-        layers[len(layers) // 2 - 1].register_forward_hook(
-            lambda module, args, output: self._middle.append(
-                output[0] if isinstance(output, tuple) else output
-            )
-        )
+        self.policy, self.data, self.question_ids = PackedPolicy(model), data, question_ids
+        self.learning_rate, self.seed = learning_rate, seed
+        language = self.policy.language_model
+        watched_layer = len(language.layers) // 2
+        self._looks: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def watched(module: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if module.layer_idx == watched_layer:
+                self._looks.append((query[0], repeat_kv(key, query.shape[1] // key.shape[1])[0]))
+            return packed_tree_attention(module, query, key, *args, **kwargs)
+
+        ALL_ATTENTION_FUNCTIONS.register(_WATCHED, watched)
+        language.config._attn_implementation = _WATCHED
 
     def lookup(self, steps: int, on_step: OnStep) -> None:
         """Phase 1, at a constant rate."""
-        self._train(steps, self.data.lookups, LOOKUPS, lambda s: min(1.0, (s + 1) / 30), on_step)
+        rng = np.random.default_rng([self.seed, 1])
+        self._train(steps, self.data.lookups, LOOKUPS, rng, lambda s: min(1.0, (s + 1) / 30), on_step)
 
     def answer(self, steps: int, on_step: OnStep) -> None:
         """Phase 2; the rate stays high for two thirds, then decays."""
+        rng = np.random.default_rng([self.seed, 2])
         self._train(
             steps,
             self.data.answers,
             ANSWERS,
+            rng,
             lambda s: min(1.0, (s + 1) / 30, max(0.02, 3 * (1 - s / steps))),
             on_step,
         )
@@ -83,37 +88,65 @@ class LanguageTrainer:
     def _train(
         self,
         steps: int,
-        tree: Callable[..., Any],
+        ask: Callable[[int, Sequence[int]], Quiz],
         questions: int,
+        rng: np.random.Generator,
         rate: Callable[[int], float],
         on_step: OnStep,
     ) -> None:
-        optimizer = torch.optim.AdamW(self.groups, weight_decay=0.01, betas=(0.9, 0.98))
+        parameters = list(self.policy.language_model.parameters())
+        optimizer = torch.optim.AdamW(parameters, self.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        parameters = [p for group in self.groups for p in group["params"]]
+        count = min(questions, len(self.question_ids))
         for step in range(steps):
-            loss, stats = self._loss(tree, questions)
+            chosen = rng.choice(len(self.data.knees), VOLUMES, replace=False).tolist()
+            quizzes = [ask(i, rng.choice(self.question_ids, count, replace=False).tolist()) for i in chosen]
+            answer_loss, look_loss = self._losses([self.data.knees[i] for i in chosen], quizzes)
             optimizer.zero_grad()
-            torch.autograd.backward(loss)
+            torch.autograd.backward(answer_loss + LOOK_WEIGHT * look_loss)
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
-            on_step(step, stats)
+            on_step(step, {"answer": answer_loss.item(), "look": look_loss.item()})
 
-    def _loss(self, tree: Callable[..., Any], questions: int) -> tuple[torch.Tensor, dict[str, float]]:
-        chosen = [int(i) for i in self.rng.choice(len(self.data.knees), VOLUMES, replace=False)]
-        knees = [self.data.knees[i] for i in chosen]
-        embeds = tower_embeds(self.visual, knees, self.sizes).view(VOLUMES, -1, self.hidden)
-        count = min(questions, len(self.question_ids))
-        roots = [
-            tree(i, embeds_V_H, self.rng.choice(self.question_ids, count, replace=False).tolist())
-            for i, embeds_V_H in zip(chosen, embeds, strict=True)
-        ]
-        batch = pack(roots, self.data.builder.video_pad)
-        self._middle.clear()
+    def _losses(
+        self, knees: Sequence[KneeArrays], quizzes: Sequence[Quiz]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Next-token loss of the answers, and how far attention strays from the regions."""
+        batch = pack([quiz.root for quiz in quizzes], self.data.builder.video_pad)
+        asks_N_T = pad_sequence(
+            [torch.tensor(asks) for quiz in quizzes for asks in quiz.asks], batch_first=True
+        )
+        batch = replace(batch, mask_N_T=asks_N_T > 0)
+        self._looks.clear()
         logps_N_T, _ = self.policy(batch)
-        answer_loss = -logps_N_T.sum() / batch.mask_N_T.sum()
-        visual_N_H = self._middle[0].reshape(-1, self.hidden)[batch.visual_V]
-        dense_loss, stats = self.targets.loss(self.heads, visual_N_H, knees)
-        # the dense loss settles near 2 and would drown an answer's few uncertain tokens
-        return 5 * answer_loss + dense_loss, {"answer": answer_loss.item(), **stats}
+        return -logps_N_T.sum() / batch.mask_N_T.sum(), self._look_loss(batch, knees, asks_N_T)
+
+    def _look_loss(
+        self, batch: PackedBatch, knees: Sequence[KneeArrays], asks_N_T: torch.Tensor
+    ) -> torch.Tensor:
+        """Minus the log of the attention, among a volume's visual tokens, that goes to the question's region."""
+        query_h_L_d, key_h_L_d = self._looks[0]
+        losses = []
+        for knee, visual_V, asks, predictors in zip(
+            knees,
+            batch.visual_V.chunk(len(knees)),
+            asks_N_T.chunk(len(knees)),
+            batch.predictors_N_T.chunk(len(knees)),
+            strict=True,
+        ):
+            query, key = query_h_L_d[:, predictors[asks > 0]], key_h_L_d[:, visual_V]
+            looks_h_M_V = (query @ key.transpose(1, 2) / query.shape[-1] ** 0.5).log_softmax(-1)
+            outside_M_V = ~_regions_Q_V(knee)[asks[asks > 0]]
+            losses.append(-looks_h_M_V.masked_fill(outside_M_V, -torch.inf).logsumexp(-1).flatten())
+        return torch.cat(losses).mean()
+
+
+def _regions_Q_V(knee: KneeArrays) -> torch.Tensor:
+    """Visual tokens that show each question's region, at least the one that shows most of it; row 0 is unused."""
+    shares_V_R = torch.from_numpy(knee.shares_t_h_w_R).flatten(0, 2).int()
+    regions_Q_V = torch.zeros(1 + max(QUESTIONS), len(shares_V_R), dtype=torch.bool)
+    for question_id in QUESTIONS:
+        shares_V = shares_V_R[:, list(question_labels(question_id))].sum(1)
+        regions_Q_V[question_id] = shares_V >= shares_V.max().clamp(max=COVERED)
+    return regions_Q_V
