@@ -18,6 +18,9 @@ from rollouts.positions import mrope_positions
 from rollouts.prompts import PromptBuilder
 from rollouts.types import VolumeFeatures
 
+FULL = 6
+"""How many questions of an exam are asked as full prompts."""
+
 
 @dataclass(frozen=True)
 class Quiz:
@@ -26,6 +29,8 @@ class Quiz:
     root: Node
     asks: list[list[int]]
     """For each token of each completion, the question it answers; 0: the token is given."""
+    tells: list[list[bool]]
+    """Whether the token says how a finding is graded."""
 
 
 class AnswerTrees:
@@ -63,23 +68,30 @@ class AnswerTrees:
                 positions += range(len(given) + len(answer))
         root = self._volume(index, question_ids[0])
         root.children.append(Node(ids, torch.tensor(positions).expand(3, -1), scored=True))
-        return Quiz(root, [asks])
+        return Quiz(root, [asks], [[question_id > 0 for question_id in asks]])
 
-    def answers(self, index: int, question_ids: Sequence[int]) -> Quiz:
-        """Full prompts; every second one is answered in the declared format, the others in short."""
-        root = self._volume(index, question_ids[0])
-        asks = []
-        for number, question_id in enumerate(question_ids):
+    def exams(self, index: int, question_ids: Sequence[int]) -> Quiz:
+        """Some questions in full, every second one answered in the declared format, the others in short; lookups.
+
+        Without the lookups what was learned from them would be forgotten before the full prompts make use of it.
+        """
+        quiz = self.lookups(index, question_ids[FULL:])
+        for number, question_id in enumerate(question_ids[:FULL]):
             example = knee_example(self.knees[index], index, question_id, self.phantom)
-            text = short_answer(example)
+            truth = example.truth
             if number % 2:
-                truth = example.truth
                 text = format_answer(example.question, truth.grades, truth.bbox, example.reasoning)
+                telling = range(text.index("<think>") + len("<think>"), text.index("</think>"))
+            else:
+                text = short_answer(example)
+                telling = range(text.index(". Box"))
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            answer = Node([*encoded["input_ids"], self.builder.im_end], scored=True)
             prompt = self.builder.build(example, self._features(index))
-            answer = Node([*self._encode(text), self.builder.im_end], scored=True)
-            root.children.append(Node(prompt.question_ids, children=[answer]))
-            asks.append([question_id] * len(answer.token_ids))
-        return Quiz(root, asks)
+            quiz.root.children.append(Node(prompt.question_ids, children=[answer]))
+            quiz.asks.append([question_id] * len(answer.token_ids))
+            quiz.tells.append([*(start in telling for start, _ in encoded["offset_mapping"]), False])
+        return quiz
 
     def _volume(self, index: int, question_id: int) -> Node:
         """The part of the prompt that all questions share."""

@@ -46,7 +46,7 @@ def make_knees(
 ) -> Iterator[KneeArrays]:
     """`count` phantoms with balanced grades, rendered by two processes; phantom i depends on (seed, i) only."""
     work = [(seed, i, phantom, view, sizes) for i in range(count)]
-    with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=get_context("fork")) as pool:
+    with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
         yield from pool.map(_make_knee, work, chunksize=16)
 
 

@@ -4,7 +4,7 @@ Two phases, both next-token prediction on the packed forward with several questi
 
 1. lookup: attributes and findings by name, each followed by its grade. A question is four tokens, so sixty fit where
    a few full prompts would, and grades are all there is to learn.
-2. answers: full prompts, answered with grades and box, half of them in the declared format. The rate decays.
+2. exams: also full prompts, answered with grades and box, half of them in the declared format. The rate decays.
 
 Next-token loss alone stays at the commonest grade for hundreds of steps. So in both phases one layer is told where
 to look: its attention, from the tokens that predict an answer to the visual tokens, is held to the question's region.
@@ -36,7 +36,7 @@ OnStep = Callable[[int, dict[str, float]], None]
 
 VOLUMES = 8
 """Volumes per step."""
-LOOKUPS, ANSWERS = 32, 10
+LOOKUPS, EXAM = 32, 22
 """Questions per volume in the two phases."""
 LOOK_WEIGHT = 0.3
 _WATCHED = "packed_tree_watched"
@@ -78,8 +78,8 @@ class LanguageTrainer:
         rng = np.random.default_rng([self.seed, 2])
         self._train(
             steps,
-            self.data.answers,
-            ANSWERS,
+            self.data.exams,
+            EXAM,
             rng,
             lambda s: min(1.0, (s + 1) / 30, max(0.02, 3 * (1 - s / steps))),
             on_step,
@@ -101,26 +101,28 @@ class LanguageTrainer:
         for step in range(steps):
             chosen = rng.choice(len(self.data.knees), VOLUMES, replace=False).tolist()
             quizzes = [ask(i, rng.choice(self.question_ids, count, replace=False).tolist()) for i in chosen]
-            answer_loss, look_loss = self._losses([self.data.knees[i] for i in chosen], quizzes)
+            losses = self._losses([self.data.knees[i] for i in chosen], quizzes)
             optimizer.zero_grad()
-            torch.autograd.backward(answer_loss + LOOK_WEIGHT * look_loss)
+            torch.autograd.backward(losses["grades"] + losses["rest"] + LOOK_WEIGHT * losses["look"])
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
-            on_step(step, {"answer": answer_loss.item(), "look": look_loss.item()})
+            on_step(step, {name: loss.item() for name, loss in losses.items()})
 
-    def _losses(
-        self, knees: Sequence[KneeArrays], quizzes: Sequence[Quiz]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Next-token loss of the answers, and how far attention strays from the regions."""
+    def _losses(self, knees: Sequence[KneeArrays], quizzes: Sequence[Quiz]) -> dict[str, torch.Tensor]:
+        """Next-token loss where grades are said, and of the rest; how far attention strays from the regions."""
         batch = pack([quiz.root for quiz in quizzes], self.data.builder.video_pad)
-        asks_N_T = pad_sequence(
-            [torch.tensor(asks) for quiz in quizzes for asks in quiz.asks], batch_first=True
-        )
+        asks_N_T = _padded([asks for quiz in quizzes for asks in quiz.asks])
+        tells_N_T = _padded([tells for quiz in quizzes for tells in quiz.tells])
         batch = replace(batch, mask_N_T=asks_N_T > 0)
         self._looks.clear()
         logps_N_T, _ = self.policy(batch)
-        return -logps_N_T.sum() / batch.mask_N_T.sum(), self._look_loss(batch, knees, asks_N_T)
+        rest_N_T = batch.mask_N_T & ~tells_N_T
+        return {
+            "grades": -logps_N_T[tells_N_T].mean(),
+            "rest": -logps_N_T[rest_N_T].sum() / rest_N_T.sum().clamp(min=1),
+            "look": self._look_loss(batch, knees, asks_N_T),
+        }
 
     def _look_loss(
         self, batch: PackedBatch, knees: Sequence[KneeArrays], asks_N_T: torch.Tensor
@@ -140,6 +142,10 @@ class LanguageTrainer:
             outside_M_V = ~_regions_Q_V(knee)[asks[asks > 0]]
             losses.append(-looks_h_M_V.masked_fill(outside_M_V, -torch.inf).logsumexp(-1).flatten())
         return torch.cat(losses).mean()
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 
 def _regions_Q_V(knee: KneeArrays) -> torch.Tensor:

@@ -12,6 +12,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from rl.base.train import train_base
 from rl.config import Config, load_config
 
+pytestmark = pytest.mark.slow
+
 
 def _config(folder: Path, **changes: int) -> Config:
     small = {"knees": 8, "vision_steps": 1, "lookup_steps": 1, "answer_steps": 2, "seed": 3} | changes
