@@ -107,13 +107,15 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLForC
         tie_word_embeddings=True,
     )
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    # At first a layer passes on what it is given, and words are not drowned by the much larger visual tokens.
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def ease_learning(model: Qwen2_5_VLForConditionalGeneration) -> None:
+    """Weights to start from: a layer passes on what it is given, and words are not drowned by visual tokens."""
     nn.init.normal_(model.get_input_embeddings().weight, std=0.06)
     for layer in model.model.language_model.layers:
         nn.init.zeros_(layer.self_attn.o_proj.weight)
         nn.init.zeros_(layer.mlp.down_proj.weight)
-    return model
 
 
 def save_base(

@@ -22,7 +22,7 @@ from rl.base.answers import AnswerTrees
 from rl.base.corpus import knee_example, tokenizer_corpus
 from rl.base.knees import make_knees
 from rl.base.language import LanguageTrainer
-from rl.base.model import build_model, build_tokenizer, save_base
+from rl.base.model import build_model, build_tokenizer, ease_learning, save_base
 from rl.base.vision import embed_knees, train_tower, whiten_tower
 from rl.config import Config
 from rollouts.volumes import PatchSizes
@@ -58,6 +58,7 @@ def train_base(config: Config, on_progress: OnProgress = lambda done, total, not
     ]
     tokenizer = build_tokenizer(tokenizer_corpus(examples), settings.vocab_size)
     model = build_model(tokenizer, settings.seed)
+    ease_learning(model)
     phases = _Phases(model, folder / "phases", on_progress, settings.knees, total)
     phases.made_from = {
         "phantom": asdict(config.phantom),
