@@ -82,7 +82,7 @@ def grpo_loss(
         if inputs.ref_logps_N_T is None:
             raise ValueError("beta > 0 needs the log-probabilities of the reference policy")
         log_ratio = inputs.ref_logps_N_T - logps
-        kl = ratio * (torch.exp(log_ratio) - log_ratio - 1)
+        kl = ratio * (torch.expm1(log_ratio) - log_ratio)  # expm1: never below 0 by rounding
         loss_N_T = loss_N_T + settings.beta * kl
         metrics["kl"] = float((kl.detach() * mask).sum())
     outside = ((ratio < 1 - settings.epsilon) & (advantages_N_1 < 0)) | (
