@@ -66,7 +66,7 @@ class AnswerTrees:
                 ids += given + answer
                 asks += [0] * len(given) + [question_id] * len(answer)
                 positions += range(len(given) + len(answer))
-        root = self._volume(index, question_ids[0])
+        root = self._volume(index)
         root.children.append(Node(ids, torch.tensor(positions).expand(3, -1), scored=True))
         return Quiz(root, [asks], [[question_id > 0 for question_id in asks]])
 
@@ -93,10 +93,10 @@ class AnswerTrees:
             quiz.tells.append([*(start in telling for start, _ in encoded["offset_mapping"]), False])
         return quiz
 
-    def _volume(self, index: int, question_id: int) -> Node:
+    def _volume(self, index: int) -> Node:
         """The part of the prompt that all questions share."""
         features = self._features(index)
-        example = knee_example(self.knees[index], index, question_id, self.phantom)
+        example = knee_example(self.knees[index], index, min(QUESTIONS), self.phantom)
         ids = self.builder.build(example, features).volume_ids
         positions = mrope_positions(
             ids,

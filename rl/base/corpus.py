@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import product
 
-import numpy as np
-
 from rewards.boxes import Box3D
 from rewards.ontology import QUESTIONS, Question
 from rewards.reading import format_answer
 from rewards.types import Example, Truth, VolumeRef
-from rl.base.knees import ATTRIBUTES, KneeArrays
+from rl.base.knees import KneeArrays
 from rl.config import PhantomConfig
 from rl.data.phantom.reasoning import reasoning_sentence
 from rollouts.prompts import INSTRUCTION, SYSTEM_PROMPT, question_text, volume_header
@@ -62,8 +60,3 @@ def _all_grades(question: Question) -> Iterator[dict[str, int]]:
     names = [a.name for a in question.attributes]
     for values in product(*(a.grades for a in question.attributes)):
         yield dict(zip(names, values, strict=True))
-
-
-def question_attributes(question_id: int) -> np.ndarray:
-    """Rows of `ATTRIBUTES` that belong to a question."""
-    return np.array([i for i, (q, _) in enumerate(ATTRIBUTES) if q == question_id])

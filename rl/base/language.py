@@ -58,11 +58,10 @@ class LanguageTrainer:
         self.learning_rate, self.seed = learning_rate, seed
         language = self.policy.language_model
         watched_layer = len(language.layers) // 2
-        self._looks: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def watched(module: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if module.layer_idx == watched_layer:
-                self._looks.append((query[0], repeat_kv(key, query.shape[1] // key.shape[1])[0]))
+                self._look = query[0], repeat_kv(key, query.shape[1] // key.shape[1])[0]
             return packed_tree_attention(module, query, key, *args, **kwargs)
 
         ALL_ATTENTION_FUNCTIONS.register(_WATCHED, watched)
@@ -115,7 +114,6 @@ class LanguageTrainer:
         asks_N_T = _padded([asks for quiz in quizzes for asks in quiz.asks])
         tells_N_T = _padded([tells for quiz in quizzes for tells in quiz.tells])
         batch = replace(batch, mask_N_T=asks_N_T > 0)
-        self._looks.clear()
         logps_N_T, _ = self.policy(batch)
         rest_N_T = batch.mask_N_T & ~tells_N_T
         return {
@@ -128,7 +126,7 @@ class LanguageTrainer:
         self, batch: PackedBatch, knees: Sequence[KneeArrays], asks_N_T: torch.Tensor
     ) -> torch.Tensor:
         """Minus the log of the attention, among a volume's visual tokens, that goes to the question's region."""
-        query_h_L_d, key_h_L_d = self._looks[0]
+        query_h_L_d, key_h_L_d = self._look
         losses = []
         for knee, visual_V, asks, predictors in zip(
             knees,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,13 @@ from rewards.ontology import BENCHMARK_QUESTION_IDS
 from rl.base.answers import AnswerTrees
 from rl.base.corpus import knee_example, tokenizer_corpus
 from rl.base.knees import make_knees
-from rl.base.language import LanguageTrainer
+from rl.base.language import LanguageTrainer, OnStep
 from rl.base.model import build_model, build_tokenizer, ease_learning, save_base
 from rl.base.vision import embed_knees, train_tower, whiten_tower
 from rl.config import Config
 from rollouts.volumes import PatchSizes
 
 OnProgress = Callable[[int, int, str], None]
-OnStep = Callable[[int, dict[str, float]], None]
 _CORPUS_KNEES = 20
 _WHITENING_KNEES = 200
 
@@ -59,13 +58,13 @@ def train_base(config: Config, on_progress: OnProgress = lambda done, total, not
     tokenizer = build_tokenizer(tokenizer_corpus(examples), settings.vocab_size)
     model = build_model(tokenizer, settings.seed)
     ease_learning(model)
-    phases = _Phases(model, folder / "phases", on_progress, settings.knees, total)
-    phases.made_from = {
+    made_from = {
         "phantom": asdict(config.phantom),
         "view": asdict(config.view),
         "questions": question_ids,
         **{name: getattr(settings, name) for name in ("knees", "seed", "vocab_size")},
     }
+    phases = _Phases(model, folder / "phases", on_progress, settings.knees, total, made_from)
 
     def vision(steps: int, on_step: OnStep) -> None:
         tower, rate = model.model.visual, settings.vision_learning_rate
@@ -101,7 +100,7 @@ class _Phases:
     on_progress: OnProgress
     done: int
     total: int
-    made_from: dict[str, Any] = field(default_factory=dict)
+    made_from: dict[str, Any]
     """All settings that the weights depend on, up to the phase that is running."""
 
     def run(self, name: str, steps: int, rate: float, train: Callable[[int, OnStep], None]) -> None:

@@ -97,7 +97,7 @@ def train_tower(
     learning_rate: float = 2e-3,
     seed: int = 0,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, stats: None,
-) -> TokenHeads:
+) -> None:
     """Full-parameter training of the tower on dense token targets, one-cycle learning rate."""
     hidden = visual.config.out_hidden_size
     torch.manual_seed(seed)
@@ -117,7 +117,6 @@ def train_tower(
         schedule.step()
         on_step(step, stats)
     visual.eval()
-    return heads
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def test_an_interrupted_base_goes_on_to_the_weights_of_an_uninterrupted_one(
     assert all(torch.equal(w, again[name]) for name, w in _weights(whole).items())
 
 
-def test_phases_made_from_other_settings_are_not_used(whole: Path, tmp_path: Path) -> None:
+def test_phases_made_from_other_settings_are_not_used(tmp_path: Path) -> None:
     shown: list[int] = []
     config = _config(tmp_path / "base", vision_steps=2)
     train_base(config)
