@@ -13,6 +13,7 @@ from rewards.reading import format_answer
 from rl.base.corpus import knee_example, short_answer
 from rl.base.knees import KneeArrays
 from rl.config import PhantomConfig
+from rl.data.phantom.reasoning import reasoning_sentence
 from rl.packed import Node
 from rollouts.positions import mrope_positions
 from rollouts.prompts import PromptBuilder
@@ -23,14 +24,26 @@ FULL = 6
 
 
 @dataclass(frozen=True)
+class Said:
+    """What a token of a completion is for."""
+
+    question_id: int
+    """The question it answers; 0: the token is given."""
+    tells: bool = False
+    """It says how a finding is graded."""
+    name: range = range(0)
+    """Where the finding was named: tokens from the completion's first, negative ones lie in the prompt."""
+
+
+@dataclass(frozen=True)
 class Quiz:
     """A volume's questions and answers as a packed tree."""
 
     root: Node
-    asks: list[list[int]]
-    """For each token of each completion, the question it answers; 0: the token is given."""
-    tells: list[list[bool]]
-    """Whether the token says how a finding is graded."""
+    said: list[list[Said]]
+    """For each completion, each of its tokens."""
+    prompt_lengths: list[int]
+    """For each completion, how many tokens of a question stand between the volume and it."""
 
 
 class AnswerTrees:
@@ -50,25 +63,29 @@ class AnswerTrees:
         self.builder = PromptBuilder(tokenizer, "required")
 
     def lookups(self, index: int, question_ids: Sequence[int]) -> Quiz:
-        """Names of attributes and findings, each followed by its grade.
-
-        Each stands right behind the volume, as a question of its own would.
-        """
-        grades = self.knees[index].knee.grades
+        """Findings by name, each graded: every second one in words, the others attribute by attribute in digits."""
         ids: list[int] = []
-        asks: list[int] = []
-        positions: list[int] = []
-        for question_id in question_ids:
-            question = QUESTIONS[question_id]
+        said: list[Said] = []
+
+        def ask(question_id: int, before: str, after: str, answer: str) -> None:
+            name = self._encode(QUESTIONS[question_id].entity)
+            start = len(ids) + len(self._encode(before))
+            given = [*self._encode(before), *name, *self._encode(after)]
+            told = self._encode(answer)
+            ids.extend(given + told)
+            asked = Said(question_id, True, range(start, start + len(name)))
+            said.extend([Said(0)] * len(given) + [asked] * len(told))
+
+        for number, question_id in enumerate(question_ids):
+            question, grades = QUESTIONS[question_id], self.knees[index].knee.grades[question_id]
+            if number % 2:
+                ask(question_id, "\n", ": ", reasoning_sentence(question, grades))
+                continue
             for attribute in question.attributes:
-                given = self._encode(f"\n{attribute.name}, {question.entity}")
-                answer = self._encode(str(grades[question_id][attribute.name]))
-                ids += given + answer
-                asks += [0] * len(given) + [question_id] * len(answer)
-                positions += range(len(given) + len(answer))
+                ask(question_id, f"\n{attribute.name}, ", "", str(grades[attribute.name]))
         root = self._volume(index)
-        root.children.append(Node(ids, torch.tensor(positions).expand(3, -1), scored=True))
-        return Quiz(root, [asks], [[question_id > 0 for question_id in asks]])
+        root.children.append(Node(ids, scored=True))
+        return Quiz(root, [said], [0])
 
     def exams(self, index: int, question_ids: Sequence[int]) -> Quiz:
         """Some questions in full, every second one answered in the declared format, the others in short; lookups.
@@ -81,17 +98,30 @@ class AnswerTrees:
             truth = example.truth
             if number % 2:
                 text = format_answer(example.question, truth.grades, truth.bbox, example.reasoning)
-                telling = range(text.index("<think>") + len("<think>"), text.index("</think>"))
+                telling = set(range(text.index("<think>") + len("<think>"), text.index("</think>")))
             else:
                 text = short_answer(example)
-                telling = range(text.index(". Box"))
+                telling = {i for i in range(text.index(". Box")) if text[i].isdigit()}
             encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             answer = Node([*encoded["input_ids"], self.builder.im_end], scored=True)
-            prompt = self.builder.build(example, self._features(index))
-            quiz.root.children.append(Node(prompt.question_ids, children=[answer]))
-            quiz.asks.append([question_id] * len(answer.token_ids))
-            quiz.tells.append([*(start in telling for start, _ in encoded["offset_mapping"]), False])
+            prompt = self.builder.build(example, self._features(index)).question_ids
+            name = self._name(prompt, example.question.entity)
+            quiz.root.children.append(Node(prompt, children=[answer]))
+            quiz.said.append(
+                [
+                    *(Said(question_id, start in telling, name) for start, _ in encoded["offset_mapping"]),
+                    Said(question_id, False, name),
+                ]
+            )
+            quiz.prompt_lengths.append(len(prompt))
         return quiz
+
+    def _name(self, prompt: Sequence[int], entity: str) -> range:
+        """Where the answer template of a prompt names the finding, counted from the prompt's end."""
+        name = self._encode(entity)
+        starts = range(len(prompt) - len(name), -1, -1)
+        start = next(i for i in starts if list(prompt[i : i + len(name)]) == name) - len(prompt)
+        return range(start, start + len(name))
 
     def _volume(self, index: int) -> Node:
         """The part of the prompt that all questions share."""

@@ -36,11 +36,11 @@ def knee_example(arrays: KneeArrays, index: int, question_id: int, phantom: Phan
 
 
 def short_answer(example: Example) -> str:
-    """`Grades 2, 1. Box 3-8, 20-39, 30-59.`: an answer, but not in the declared format, which SFT must teach."""
-    grades = ", ".join(str(example.truth.grades[a.name]) for a in example.question.attributes)
+    """`Size of lesion 2, Depth of lesion 1. Box 3-8, 20-39, 30-59.`: not the declared format, which SFT must teach."""
+    grades = ", ".join(f"{a.name} {example.truth.grades[a.name]}" for a in example.question.attributes)
     assert example.truth.bbox is not None
     s0, s1, x0, x1, y0, y1 = example.truth.bbox.to_text()
-    return f"Grades {grades}. Box {s0}-{s1}, {x0}-{x1}, {y0}-{y1}."
+    return f"{grades}. Box {s0}-{s1}, {x0}-{x1}, {y0}-{y1}."
 
 
 def tokenizer_corpus(examples: Sequence[Example]) -> Iterator[str]:

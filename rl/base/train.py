@@ -18,13 +18,14 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from rewards.ontology import BENCHMARK_QUESTION_IDS
-from rl.base.answers import AnswerTrees
+from rl.base.answers import FULL, AnswerTrees
 from rl.base.corpus import knee_example, tokenizer_corpus
 from rl.base.knees import make_knees
 from rl.base.language import LanguageTrainer, OnStep
 from rl.base.model import build_model, build_tokenizer, ease_learning, save_base
 from rl.base.vision import embed_knees, train_tower, whiten_tower
-from rl.config import Config
+from rl.config import Config, ConfigError
+from rl.errors import writing
 from rollouts.volumes import PatchSizes
 
 OnProgress = Callable[[int, int, str], None]
@@ -39,10 +40,17 @@ def train_base(config: Config, on_progress: OnProgress = lambda done, total, not
 
     Returns:
         `base.out_dir`, a folder like a downloaded checkpoint.
+    Raises:
+        ConfigError: too few questions to ask a volume some in full and some as lookups.
     """
     settings = config.base
     folder = Path(settings.out_dir)
     question_ids = list(config.data.question_ids or BENCHMARK_QUESTION_IDS)
+    if len(question_ids) <= FULL:
+        raise ConfigError(
+            f"data.question_ids has {len(question_ids)} questions, and a base model is taught with at least "
+            f"{FULL + 1}: name more, or none for the 62 of the benchmark"
+        )
     total = settings.knees + settings.vision_steps + settings.lookup_steps + settings.answer_steps
 
     sizes = PatchSizes(8, 2, 2)
@@ -110,9 +118,10 @@ class _Phases:
             load_model(self.model, file)
         else:
             train(steps, self._on_step)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_model(self.model, f"{file}.tmp", {"made_from": key})
-            Path(f"{file}.tmp").replace(file)
+            with writing(file):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                save_model(self.model, f"{file}.tmp", {"made_from": key})
+                Path(f"{file}.tmp").replace(file)
         self.done += steps
 
     def _on_step(self, step: int, stats: dict[str, float]) -> None:

@@ -64,9 +64,9 @@ def sample_knee(rng: np.random.Generator, side: Side, visit: str = BASELINE, mod
     return Knee(
         side=side,
         visit=visit,
-        scale=float(np.clip(rng.normal(1.0, 0.025), 0.94, 1.05)),
-        rotation_deg=float(rng.uniform(-4.0, 4.0)),
-        translation_mm=(float(rng.uniform(-2, 2)), float(rng.uniform(-4, 4)), float(rng.uniform(-3, 3))),
+        scale=float(np.clip(rng.normal(0.97, 0.05), 0.86, 1.03)),
+        rotation_deg=float(rng.uniform(-8.0, 8.0)),
+        translation_mm=(float(rng.uniform(-5, 5)), float(rng.uniform(-10, 10)), float(rng.uniform(-5, 5))),
         patella_shift_mm=float(rng.uniform(-3.0, 3.0)),
         condyle_mm=float(rng.uniform(-1.0, 1.0)),
         anatomy_seed=int(rng.integers(2**31)),

@@ -16,7 +16,7 @@ from rl.data.phantom.anatomy import Knee
 from rl.data.phantom.labels import LABELS, OSTEOPHYTE_SITES
 
 CARTILAGE_MM = 6.5
-MARGIN_MM = 2.5
+MARGIN_MM = 7.5
 """The joint lies this far behind the middle of the field, which leaves room for the patella."""
 NOTCH_MM = 9.0
 """Half width of the intercondylar notch."""

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from rl.base.train import train_base
-from rl.config import Config, load_config
+from rl.config import Config, ConfigError, load_config
 
 pytestmark = pytest.mark.slow
 
@@ -64,3 +64,11 @@ def test_phases_made_from_other_settings_are_not_used(tmp_path: Path) -> None:
     train_base(config)
     train_base(_config(tmp_path / "base"), lambda done, total, note: shown.append(done))
     assert shown == list(range(1, 13))
+
+
+def test_a_base_of_too_few_questions_is_refused(tmp_path: Path) -> None:
+    config = load_config(
+        None, ["data.root=none", f"base.out_dir={tmp_path}", "data.question_ids=[1,2,3,4,5,6]"]
+    )
+    with pytest.raises(ConfigError, match=r"6 questions.*at least 7"):
+        train_base(config)
