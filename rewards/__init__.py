@@ -9,7 +9,18 @@ from rewards.boxes import (
     iou_array,
     iou_matrix,
 )
-from rewards.functions import box_giou, box_iou, moaks_accuracy, output_format, rule_violations, soft_overlong
+from rewards.functions import (
+    answer_matches_reasoning,
+    box_giou,
+    box_iou,
+    box_iou_threshold,
+    box_size_validity,
+    moaks_accuracy,
+    output_format,
+    repetition,
+    rule_violations,
+    soft_overlong,
+)
 from rewards.matching import match_question
 from rewards.ontology import BENCHMARK_QUESTION_IDS, QUESTIONS, Attribute, Question
 from rewards.reading import format_answer, read_answer, read_truth
@@ -37,8 +48,11 @@ __all__ = [
     "Side",
     "Truth",
     "VolumeRef",
+    "answer_matches_reasoning",
     "box_giou",
     "box_iou",
+    "box_iou_threshold",
+    "box_size_validity",
     "boxes_array",
     "center_distance_mm",
     "example_from_dict",
@@ -56,6 +70,7 @@ __all__ = [
     "read_answer",
     "read_truth",
     "registered",
+    "repetition",
     "reward",
     "rule_violations",
     "soft_overlong",

@@ -54,6 +54,11 @@ class Box3D:
         return [self.slice_min, self.slice_max - 1, self.x_min, self.x_max - 1, self.y_min, self.y_max - 1]
 
     @property
+    def extents(self) -> tuple[int, int, int]:
+        """Number of voxels along (slice, x, y)."""
+        return self.slice_max - self.slice_min, self.x_max - self.x_min, self.y_max - self.y_min
+
+    @property
     def volume(self) -> int:
         """Number of voxels covered."""
         return (self.slice_max - self.slice_min) * (self.x_max - self.x_min) * (self.y_max - self.y_min)

@@ -15,7 +15,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rewards.errors import ReasonKneeError
@@ -111,6 +111,19 @@ class RewardSuite:
     def names(self) -> tuple[str, ...]:
         """Column names, in order."""
         return tuple(self._specs)
+
+    def set_parameter(self, name: str, parameter: str, value: Any) -> None:
+        """Change a keyword-only parameter of a component from now on: how a schedule raises a threshold.
+
+        Raises:
+            ValueError: no such component or parameter.
+        """
+        if name not in self._components:
+            raise ValueError(f"the suite has no reward {name!r}; it has {', '.join(self._components)}")
+        component = self._components[name]
+        component = replace(component, params={**component.params, parameter: value})
+        _check_component(component, self._specs[name])
+        self._components[name] = component
 
     def read(self, example: Example, completion: str) -> Answer:
         """The completion as this suite's reader sees it."""

@@ -12,12 +12,16 @@ from rewards import (
     Example,
     Problem,
     Truth,
+    answer_matches_reasoning,
     box_giou,
     box_iou,
+    box_iou_threshold,
+    box_size_validity,
     format_answer,
     moaks_accuracy,
     output_format,
     read_answer,
+    repetition,
     rule_violations,
     soft_overlong,
 )
@@ -36,7 +40,7 @@ def test_the_true_answer_scores_full_marks(question_id: int, make_example: Make)
     example = make_example(question_id)
     answer = gold(example)
     assert output_format(answer) == 1.0
-    assert moaks_accuracy(answer, example.truth) == 1.0
+    assert moaks_accuracy(answer, example.truth, example.question) == 1.0
     assert box_iou(answer, example.truth) == 1.0
     assert box_giou(answer, example.truth) == 1.0
     assert rule_violations(answer, example.question, example) == 0.0
@@ -44,24 +48,40 @@ def test_the_true_answer_scores_full_marks(question_id: int, make_example: Make)
 
 def test_accuracy_is_the_share_of_graded_attributes_answered_exactly() -> None:
     truth = Truth({"a": 2, "b": 1, "c": 0}, None)
-    assert moaks_accuracy(Answer({"a": 2, "b": 1, "c": 0}), truth) == 1.0
-    assert moaks_accuracy(Answer({"a": 2, "b": 0, "c": 0}), truth) == pytest.approx(2 / 3)
-    assert moaks_accuracy(Answer({"a": 2}), truth) == pytest.approx(1 / 3)
-    assert moaks_accuracy(Answer(), truth) == 0.0
+    assert moaks_accuracy(Answer({"a": 2, "b": 1, "c": 0}), truth, QUESTIONS[1]) == 1.0
+    assert moaks_accuracy(Answer({"a": 2, "b": 0, "c": 0}), truth, QUESTIONS[1]) == pytest.approx(2 / 3)
+    assert moaks_accuracy(Answer({"a": 2}), truth, QUESTIONS[1]) == pytest.approx(1 / 3)
+    assert moaks_accuracy(Answer(), truth, QUESTIONS[1]) == 0.0
 
 
 def test_a_near_miss_earns_no_more_than_a_far_one() -> None:
     """Partial credit makes the collapse to grade 0 pay more: most grades are 0."""
     truth = Truth({"a": 1}, None)
-    assert moaks_accuracy(Answer({"a": 0}), truth) == moaks_accuracy(Answer({"a": 3}), truth) == 0.0
+    assert (
+        moaks_accuracy(Answer({"a": 0}), truth, QUESTIONS[1])
+        == moaks_accuracy(Answer({"a": 3}), truth, QUESTIONS[1])
+        == 0.0
+    )
+
+
+def test_ordinal_credit_is_paid_on_ordinal_attributes_only(make_example: Make) -> None:
+    def earned(question_id: int, true: dict[str, int], answered: dict[str, int]) -> float | None:
+        question = QUESTIONS[question_id]
+        return moaks_accuracy(Answer(answered), Truth(true, None), question, ordinal_credit=True)
+
+    assert earned(16, {"Size of lesion": 1}, {"Size of lesion": 3}) == pytest.approx(1 / 3)
+    assert earned(16, {"Size of lesion": 3}, {"Size of lesion": 0}) == 0.0
+    assert earned(16, {"Size of lesion": 3}, {}) == 0.0
+    assert earned(48, {"morphology": 2}, {"morphology": 3}) == 0.0  # nominal
+    assert earned(62, {"Signal Abnormality": 1}, {"Signal Abnormality": 0}) == 0.0  # binary
 
 
 def test_answering_what_was_not_graded_earns_nothing() -> None:
-    assert moaks_accuracy(Answer({"a": 2, "b": 1}), Truth({"a": 1}, None)) == 0.0
+    assert moaks_accuracy(Answer({"a": 2, "b": 1}), Truth({"a": 1}, None), QUESTIONS[1]) == 0.0
 
 
 def test_not_applicable_is_none_and_not_zero() -> None:
-    assert moaks_accuracy(Answer(), Truth({}, BOX)) is None
+    assert moaks_accuracy(Answer(), Truth({}, BOX), QUESTIONS[1]) is None
     assert box_iou(Answer(), Truth({"a": 1}, None)) is None
     assert box_giou(Answer(), Truth({"a": 1}, None)) is None
 
@@ -110,7 +130,7 @@ def test_texts_that_fool_public_rewards_earn_nothing(completion: str, mode: Any,
     example = make_example(60)
     answer = read_answer(completion, example.question, mode=mode)
     assert output_format(answer) == 0.0
-    assert moaks_accuracy(answer, example.truth) == 0.0
+    assert moaks_accuracy(answer, example.truth, example.question) == 0.0
     assert box_iou(answer, example.truth) == 0.0
 
 
@@ -123,7 +143,9 @@ def test_values_that_are_no_grade_never_match_a_true_grade_of_one(
     text = format_answer(example.question, {"grade": 1}, BOX, reasoning="a").replace(
         '"grade": 1', f'"grade": {value}'
     )
-    assert moaks_accuracy(read_answer(text, example.question, mode=mode), example.truth) == 0.0
+    assert (
+        moaks_accuracy(read_answer(text, example.question, mode=mode), example.truth, example.question) == 0.0
+    )
 
 
 def test_rule_violations_counts_contradictions_of_size_zero(make_example: Make) -> None:
@@ -159,3 +181,63 @@ def test_soft_overlong_rises_over_the_last_characters() -> None:
         1.0,
     ]
     assert [soft_overlong("x" * n, max_chars=200, cache_chars=0) for n in (200, 201)] == [0.0, 1.0]
+
+
+def test_the_bar_for_a_box_is_met_at_the_threshold(make_example: Make) -> None:
+    truth = Truth({}, BOX)
+    half = Answer(bbox=Box3D(2, 4, 10, 30, 20, 50))
+    assert box_iou(half, truth) == 0.5
+    assert box_iou_threshold(half, truth, threshold=0.5) == 1.0
+    assert box_iou_threshold(half, truth, threshold=0.51) == 0.0
+    assert box_iou_threshold(Answer(), truth) == 0.0
+    assert box_iou_threshold(half, Truth({}, None)) is None
+    with pytest.raises(ValueError, match="threshold must be in"):
+        box_iou_threshold(half, truth, threshold=0.0)  # every box would do
+
+
+def test_box_size_is_judged_axis_by_axis_wherever_the_box_is() -> None:
+    truth = Truth({}, BOX)  # 4 x 20 x 30
+    for box, share in (
+        (Box3D(8, 12, 60, 80, 60, 90), 1.0),
+        (Box3D(8, 10, 60, 100, 60, 90), 1.0),
+        (Box3D(8, 9, 60, 101, 60, 90), 1 / 3),
+        (Box3D(0, 16, 0, 96, 0, 96), 0.0),
+    ):
+        assert box_size_validity(Answer(bbox=box), truth) == pytest.approx(share)
+    assert box_size_validity(Answer(), truth) == 0.0
+    assert box_size_validity(Answer(), Truth({}, None)) is None
+    with pytest.raises(ValueError, match="factor must be at least 1"):
+        box_size_validity(Answer(), truth, factor=float("nan"))
+
+
+def test_repetition_is_the_share_of_runs_of_words_said_before() -> None:
+    assert repetition("one two three") == 0.0
+    assert repetition("the femur shows one lesion and the tibia shows none") == 0.0
+    assert repetition("no lesion here no lesion here", words=3) == pytest.approx(1 / 4)
+    assert repetition("No lesion. " * 500) > 0.99
+    with pytest.raises(ValueError, match="words must be at least 1"):
+        repetition("a", words=0)
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "share"),
+    [
+        ("Size of lesion: 2, Depth of lesion: 1.", 1.0),
+        ('The "size of lesion" is grade 2; **Depth of lesion** = 1', 1.0),
+        ("Size of lesion 2 and nothing on the other", 0.5),
+        ("Size of lesion: 2. Later: Size of lesion: 3. Depth of lesion: 1", 0.5),
+        ("Size of lesion: 2.5, Depth of lesion: 12", 0.0),
+        ("Size of lesion: 2-3, Depth of lesion is 1", 0.5),
+        ("the size of the lesion is below 2", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_reasoning_and_answer_agree_when_each_stated_grade_is_the_answered_one(
+    reasoning: str, share: float
+) -> None:
+    answer = Answer({"Size of lesion": 2, "Depth of lesion": 1}, reasoning=reasoning)
+    assert answer_matches_reasoning(answer, QUESTIONS[16]) == share
+
+
+def test_a_grade_that_was_stated_but_not_answered_does_not_agree() -> None:
+    assert answer_matches_reasoning(Answer({}, reasoning="Size of lesion: 2"), QUESTIONS[16]) == 0.0

@@ -279,3 +279,16 @@ def test_an_example_survives_a_dataset_column(make_example: Make) -> None:
     record = example_to_dict(make_example(16))
     record["truth"]["grades"]["grade"] = None
     assert example_from_dict(record) == make_example(16)
+
+
+def test_a_schedule_may_change_a_parameter_between_batches(make_example: Make) -> None:
+    suite = RewardSuite([Component("box_iou_threshold", params={"threshold": 0.3})])
+    example = make_example()
+    text = gold(example).replace("[2, 5, 10, 29, 20, 49]", "[2, 3, 10, 29, 20, 49]")
+    assert suite.score(example, text).total == 1.0
+    suite.set_parameter("box_iou_threshold", "threshold", 0.6)
+    assert suite.score(example, text).total == 0.0
+    with pytest.raises(ValueError, match=r"has no parameter \['bar'\]"):
+        suite.set_parameter("box_iou_threshold", "bar", 1)
+    with pytest.raises(ValueError, match="no reward 'box_iou'"):
+        suite.set_parameter("box_iou", "threshold", 1)

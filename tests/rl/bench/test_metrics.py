@@ -81,7 +81,7 @@ def test_boxes_and_grades_score_as_in_the_reward(examples, answered):
         )
         truth = row_truth(row)
         assert box_iou(answer=answer, truth=truth) == overlap
-        assert moaks_accuracy(answer=answer, truth=truth) == pytest.approx(share)
+        assert moaks_accuracy(answer, truth, QUESTIONS[row["question_id"]]) == pytest.approx(share)
 
 
 def one_item_run(meta, example, completion, reader="strict", finish_reason="stop"):
