@@ -49,6 +49,8 @@ class RewardRow:
 
     components: dict[str, float | None]
     """Score of every component (after gates); None where it does not apply."""
+    weights: dict[str, float]
+    """Weight of every component that applies, such that `total` is the weighted sum of the scores."""
     total: float
     closed_gates: dict[str, str]
     """Component -> why its gate was closed."""
@@ -210,17 +212,13 @@ class RewardSuite:
             if gate_score is not None and gate_score < 1 and scores[name] is not None:
                 scores[name] = 0.0
                 closed[name] = f"{gate} scored {gate_score:g}{_problems(answer)}"
-        weighted = weight_sum = penalty = 0.0
-        for name, score in scores.items():
-            if score is None:
-                continue
-            weight = self._components[name].weight
-            if self._specs[name].kind == "penalty":
-                penalty += weight * score
-            else:
-                weighted += weight * score
-                weight_sum += weight
-        return RewardRow(scores, (weighted / weight_sum if weight_sum else 0.0) + penalty, closed, answer)
+        weights = {name: self._components[name].weight for name, score in scores.items() if score is not None}
+        rewards = [name for name in weights if self._specs[name].kind == "reward"]
+        weight_sum = sum(weights[name] for name in rewards)
+        for name in rewards:
+            weights[name] /= weight_sum or 1.0
+        total = math.fsum(weight * scores[name] for name, weight in weights.items())
+        return RewardRow(scores, weights, total, closed, answer)
 
     def _resolve_gates(self) -> tuple[dict[str, str], list[str]]:
         """Gated column -> gating column, and the gated columns in an order that settles every gate first."""

@@ -23,11 +23,33 @@ def group_advantages(
     """
     if scale_rewards not in SCALE_REWARDS:
         raise ValueError(f"scale_rewards {scale_rewards!r} is not one of {', '.join(SCALE_REWARDS)}")
-    advantages = rewards_B_G - rewards_B_G.mean(dim=1, keepdim=True)
-    spread = rewards_B_G.max(dim=1, keepdim=True).values > rewards_B_G.min(dim=1, keepdim=True).values
-    advantages = advantages * spread  # the mean of equal floats may be off by one rounding
+    advantages = _centred(rewards_B_G)
     if scale_rewards == "group":
         return advantages / (rewards_B_G.std(dim=1, keepdim=True) + _EPSILON)
     if scale_rewards == "batch":
         return advantages / ((rewards_B_G if batch_rewards is None else batch_rewards).std() + _EPSILON)
     return advantages
+
+
+def normalized_sum(scores_B_G_K: torch.Tensor, weights_B_K: torch.Tensor) -> torch.Tensor:
+    """Components normalised within their group, then added up (GDPO, arXiv 2601.05242, eq. 4).
+
+    A component that varies little then counts as much as one that varies a lot. `group_advantages` of the result,
+    scaled by the "batch", are GDPO's advantages.
+
+    Args:
+        scores_B_G_K: scores of K components; NaN where one does not apply.
+        weights_B_K: weight of each component for each prompt; of one that does not apply it does not matter.
+    Returns:
+        rewards_B_G
+    """
+    normalized = _centred(scores_B_G_K) / (scores_B_G_K.std(dim=1, keepdim=True) + _EPSILON)
+    return (normalized.nan_to_num(0.0) * weights_B_K[:, None]).sum(dim=-1)
+
+
+def _centred(x_B_G: torch.Tensor) -> torch.Tensor:
+    """Minus the mean over a group (dimension 1); exactly 0 in a group of equals."""
+    spread = x_B_G.amax(dim=1, keepdim=True) > x_B_G.amin(dim=1, keepdim=True)
+    return (
+        x_B_G - x_B_G.mean(dim=1, keepdim=True)
+    ) * spread  # the mean of equal floats may be off by one rounding

@@ -218,6 +218,9 @@ class GRPOConfig:
     """grpo | dr_grpo | dapo | bnpo."""
     scale_rewards: str = "group"
     """Divide advantages by the standard deviation of the "group", the "batch", or not at all ("none")."""
+    multi_objective_aggregation: str = "sum_then_normalize"
+    """How components become advantages: sum_then_normalize | normalize_then_sum (each within its group first, so that
+    the one that varies most does not drown the others: GDPO, arXiv 2601.05242; wants scale_rewards: batch)."""
     num_iterations: int = 1
     """Optimizer passes over one batch of rollouts."""
     temperature: float = 1.0

@@ -30,6 +30,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "rewards.reader": ("strict", "tolerant"),
     "grpo.loss_type": ("grpo", "dr_grpo", "dapo", "bnpo"),
     "grpo.scale_rewards": ("group", "batch", "none"),
+    "grpo.multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "grpo.importance_correction": ("auto", "none", "token_truncate"),
     "eval.split": ("test", "val"),
     "ray.placement": ("separate", "colocate"),
@@ -227,6 +228,11 @@ def _grpo(config: Config) -> Iterator[str]:
         yield f"grpo.epsilon is {grpo.epsilon}: it must be below 1"
     if grpo.epsilon_high < grpo.epsilon:
         yield f"grpo.epsilon_high is {grpo.epsilon_high}: it must not be below grpo.epsilon ({grpo.epsilon})"
+    if grpo.multi_objective_aggregation == "normalize_then_sum" and grpo.scale_rewards != "batch":
+        yield (
+            f"grpo.scale_rewards is {grpo.scale_rewards!r} with normalize_then_sum, which divides by the standard "
+            "deviation of the batch: set grpo.scale_rewards to 'batch'"
+        )
     if grpo.warmup_steps >= grpo.max_steps:
         yield f"grpo.warmup_steps is {grpo.warmup_steps}: it must be below grpo.max_steps ({grpo.max_steps})"
 

@@ -23,12 +23,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from rewards.suite import RewardSuite
-from rl.advantages import group_advantages
+from rewards.suite import RewardRow, RewardSuite
+from rl.advantages import group_advantages, normalized_sum
 from rl.completions import (
     ScoredGroup,
     completion_records,
@@ -173,8 +174,8 @@ class GRPOTrainer:
             self.suite.score_group(self.task.examples[i], [r.text for r in group.rollouts])
             for i, group in groups
         ]
-        rewards_B_G = torch.tensor([[row.total for row in group] for group in rows])
-        everywhere = torch.tensor(gather_object([[row.total for row in group] for group in rows]))
+        rewards_B_G = self._rewards(rows)
+        everywhere = torch.tensor(gather_object(rewards_B_G.tolist()))
         if not rows:
             return []
         advantages_B_G = group_advantages(rewards_B_G, self.settings.scale_rewards, everywhere)
@@ -182,6 +183,16 @@ class GRPOTrainer:
             ScoredGroup(i, group, group_rows, advantages_G)
             for (i, group), group_rows, advantages_G in zip(groups, rows, advantages_B_G, strict=True)
         ]
+
+    def _rewards(self, rows: list[list[RewardRow]]) -> torch.Tensor:
+        """rewards_B_G: what advantages are made from."""
+        if self.settings.multi_objective_aggregation == "sum_then_normalize":
+            return torch.tensor([[row.total for row in group] for group in rows])
+        names = self.suite.names
+        scores = [[[row.components[name] for name in names] for row in group] for group in rows]
+        weights = [[group[0].weights.get(name, 0.0) for name in names] for group in rows]
+        scores_B_G_K = torch.from_numpy(np.array(scores, np.float32))  # None becomes NaN
+        return normalized_sum(scores_B_G_K, torch.tensor(weights)) if rows else torch.empty(0)
 
     def _update(self, scored: list[ScoredGroup]) -> tuple[dict[str, float], Agreement]:
         """All optimizer passes over the step's rollouts. Returns metric sums over this rank's tokens."""

@@ -76,6 +76,15 @@ def test_weights_are_renormalised_over_what_applies(default_suite: RewardSuite, 
     }
 
 
+def test_the_total_is_the_sum_of_scores_by_the_weights_of_the_row(make_example: Make) -> None:
+    suite = RewardSuite(
+        [Component("output_format", 0.2), Component("box_iou"), Component("rule_violations", -0.3)],
+    )
+    row = suite.score(make_example(bbox=None), "x")
+    assert row.weights == {"output_format": 1.0, "rule_violations": -0.3}
+    assert row.total == -0.3
+
+
 def test_when_no_reward_applies_the_total_is_zero(make_example: Make) -> None:
     suite = RewardSuite([Component("box_iou")])
     assert suite.score(make_example(bbox=None), "x").total == 0.0

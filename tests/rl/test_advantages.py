@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from rl.advantages import SCALE_REWARDS, group_advantages
+from rl.advantages import SCALE_REWARDS, group_advantages, normalized_sum
 
 rewards = arrays(
     "float32",
@@ -69,3 +69,28 @@ def test_ranks_with_a_part_each_have_the_advantages_of_the_whole(rewards_B_G: to
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="'std' is not one of group, batch, none"):
         group_advantages(torch.zeros(1, 2), "std")
+
+
+def _as_trl(scores_B_G_K: torch.Tensor, weights_K: torch.Tensor) -> torch.Tensor:
+    """`normalize_then_sum` as TRL 1.16 writes it (`GRPOTrainer._generate_and_score_completions`)."""
+    mean, std = scores_B_G_K.nanmean(dim=1, keepdim=True), scores_B_G_K.std(dim=1, keepdim=True)
+    summed = ((scores_B_G_K - mean) / (std + 1e-4) * weights_K).nansum(dim=-1)
+    return (summed - summed.mean()) / (summed.std() + 1e-4)
+
+
+def test_components_are_normalised_before_they_are_added_as_in_trl() -> None:
+    torch.manual_seed(0)
+    scores = torch.rand(5, 8, 3)
+    scores[1, :, 2] = torch.nan  # does not apply
+    scores[2, :, 1] = 1 / 3  # no spread
+    weights = torch.tensor([0.2, 0.5, 0.3])
+    ours = group_advantages(normalized_sum(scores, weights.expand(5, 3)), "batch")
+    torch.testing.assert_close(ours, _as_trl(scores, weights))
+
+
+def test_a_component_of_small_spread_counts_as_much_as_one_of_large_spread() -> None:
+    wide, narrow = torch.tensor([0.0, 1.0, 0.0, 1.0]), torch.tensor([0.5, 0.5, 0.52, 0.52])
+    scores_B_G_K = torch.stack([wide, narrow], dim=-1)[None]
+    summed = normalized_sum(scores_B_G_K, torch.ones(1, 2))[0]
+    assert float(summed[1]) == pytest.approx(float(summed[2]), abs=0.02)
+    assert not normalized_sum(torch.full((1, 4, 2), 1 / 3), torch.ones(1, 2)).any()

@@ -119,6 +119,10 @@ def test_a_value_outside_a_choice_names_the_allowed_ones(field: str) -> None:
         (["grpo.beta=-0.1"], "grpo.beta is -0.1: it must not be negative"),
         (["grpo.epsilon_high=0.1"], "grpo.epsilon_high is 0.1"),
         (["grpo.warmup_steps=60"], "below grpo.max_steps"),
+        (
+            ["grpo.multi_objective_aggregation=normalize_then_sum"],
+            "grpo.scale_rewards is 'group' .* set grpo.scale_rewards to 'batch'",
+        ),
         (["grpo.temperature=0"], "grpo.temperature is 0.0: it must be greater than 0"),
         (
             ["rewards.components=[{name: box_iou, gate: format}]"],

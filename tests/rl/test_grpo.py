@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from rl.advantages import group_advantages, normalized_sum
 from rl.completions import ScoredGroup
 from rl.config import Config, ConfigError
 from rl.engine import start_engine
@@ -76,6 +77,18 @@ def ending(scored: ScoredGroup, *reasons: str) -> ScoredGroup:
     """The group as if its completions had ended for these reasons."""
     rollouts = [replace(r, finish_reason=x) for r, x in zip(scored.group.rollouts, reasons, strict=True)]
     return replace(scored, group=Group(scored.group.prompt, tuple(rollouts)))
+
+
+def test_components_can_be_normalised_before_they_are_added(make_trainer: MakeTrainer) -> None:
+    choice = ("grpo.multi_objective_aggregation=normalize_then_sum", "grpo.scale_rewards=batch")
+    scored = scored_groups(make_trainer(*choice))
+    rows = [row for s in scored for row in s.rows]
+    shape = len(scored), -1, len(rows[0].components)
+    scores = torch.tensor([[float(v or 0) for v in row.components.values()] for row in rows]).view(shape)
+    weights = torch.tensor([list(row.weights.values()) for row in rows]).view(shape)[:, 0]
+    expected = group_advantages(normalized_sum(scores, weights), "batch")
+    torch.testing.assert_close(torch.stack([s.advantages_G for s in scored]), expected)
+    assert any(s.has_signal for s in scored)
 
 
 def test_a_run_changes_the_adapter_and_records_every_step(
