@@ -16,7 +16,7 @@ import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from rewards.errors import ReasonKneeError
 from rewards.reading import read_answer
@@ -24,9 +24,11 @@ from rewards.records import example_from_dict
 from rewards.registry import RewardSpec, find_reward
 from rewards.types import Answer, Example, Problem, ReaderMode, Reasoning
 
+OnError = Literal["raise", "score_none"]
+
 
 class RewardError(ReasonKneeError, ValueError):
-    """A reward function broke its contract; the message names function, example and value."""
+    """A reward function failed or broke its contract; the message names function, example and value."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class RewardRow:
     total: float
     closed_gates: dict[str, str]
     """Component -> why its gate was closed."""
+    errors: dict[str, str]
+    """Component -> why it could not be scored (`on_error="score_none"` only)."""
     answer: Answer
 
 
@@ -64,6 +68,8 @@ class RewardSuite:
         components: in the order of the columns.
         reader: "strict" or "tolerant".
         reasoning: the declared format, "required" or "none".
+        on_error: what happens when a function raises or breaks its contract. "raise": `RewardError`. "score_none": the
+            component counts as not applying to the whole group, and `RewardRow.errors` says why.
 
     Raises:
         ValueError: unknown function, parameter or gate, a name twice, gates in a circle, a weight of the wrong sign.
@@ -75,13 +81,17 @@ class RewardSuite:
         *,
         reader: ReaderMode = "strict",
         reasoning: Reasoning = "required",
+        on_error: OnError = "raise",
     ) -> None:
+        if on_error not in ("raise", "score_none"):
+            raise ValueError(f'on_error must be "raise" or "score_none", got {on_error!r}')
         if reader not in ("strict", "tolerant"):
             raise ValueError(f'reader must be "strict" or "tolerant", got {reader!r}')
         if reasoning not in ("required", "none"):
             raise ValueError(f'reasoning must be "required" or "none", got {reasoning!r}')
         self.reader: ReaderMode = reader
         self.reasoning: Reasoning = reasoning
+        self.on_error: OnError = on_error
         self._specs: dict[str, RewardSpec] = {}
         self._components: dict[str, Component] = {}
         for component in components:
@@ -97,7 +107,7 @@ class RewardSuite:
 
     @classmethod
     def from_config(cls, config: Any, *, reasoning: Reasoning = "required") -> RewardSuite:
-        """From a mapping or object with `reader` and `components` (each with name, weight, gate, params)."""
+        """From a mapping or object with `reader`, `on_error` and `components` (name, weight, gate, params)."""
         components = [
             Component(
                 name=_get(entry, "name"),
@@ -107,12 +117,22 @@ class RewardSuite:
             )
             for entry in _get(config, "components")
         ]
-        return cls(components, reader=_get(config, "reader", "strict"), reasoning=reasoning)
+        return cls(
+            components,
+            reader=_get(config, "reader", "strict"),
+            reasoning=reasoning,
+            on_error=_get(config, "on_error", "raise"),
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
         """Column names, in order."""
         return tuple(self._specs)
+
+    @property
+    def group_rewards(self) -> tuple[str, ...]:
+        """Columns that need the whole group."""
+        return tuple(name for name, spec in self._specs.items() if spec.scope == "group")
 
     def set_parameter(self, name: str, parameter: str, value: Any) -> None:
         """Change a keyword-only parameter of a component from now on: how a schedule raises a threshold.
@@ -145,14 +165,23 @@ class RewardSuite:
         """Score the G completions of one question.
 
         Raises:
-            RewardError: a score that is not a number in [0, 1], or None for some completions of the group only.
+            RewardError: a function that raised, a score that is not a number in [0, 1], or None for some completions
+                of the group only; unless `on_error` is "score_none".
         """
         if not completions:
             return []
         answers = [self.read(example, completion) for completion in completions]
-        columns = {name: self._column(name, example, completions, answers) for name in self._specs}
+        columns: dict[str, list[float | None]] = {}
+        errors: dict[str, str] = {}
+        for name in self._specs:
+            try:
+                columns[name] = self._column(name, example, completions, answers)
+            except RewardError as error:
+                if self.on_error == "raise":
+                    raise
+                columns[name], errors[name] = [None] * len(completions), str(error)
         return [
-            self._row({name: column[g] for name, column in columns.items()}, answer)
+            self._row({name: column[g] for name, column in columns.items()}, answer, errors)
             for g, answer in enumerate(answers)
         ]
 
@@ -165,25 +194,31 @@ class RewardSuite:
         """
         if "example" not in columns:
             raise ValueError(f"the dataset needs a column 'example'; it has {sorted(columns)}")
-        groups: dict[str, tuple[Example, list[int]]] = {}
-        for index, item in enumerate(columns["example"]):
-            example = item if isinstance(item, Example) else example_from_dict(item)
-            groups.setdefault(example.example_id, (example, []))[1].append(index)
-        totals = [0.0] * len(completions)
-        for example, indices in groups.values():
-            rows = self.score_group(example, [_text_of(completions[index]) for index in indices])
-            for index, row in zip(indices, rows, strict=True):
-                totals[index] = row.total
-        return totals
+        examples = [
+            item if isinstance(item, Example) else example_from_dict(item) for item in columns["example"]
+        ]
+        return [row.total for row in self.score_batch(examples, [_text_of(c) for c in completions])]
+
+    def score_batch(self, examples: Sequence[Example], completions: Sequence[str]) -> list[RewardRow]:
+        """Score completions of several questions, in any order; those of one example form a group."""
+        groups: dict[str, list[int]] = {}
+        for index, example in enumerate(examples):
+            groups.setdefault(example.example_id, []).append(index)
+        rows: dict[int, RewardRow] = {}
+        for indices in groups.values():
+            scored = self.score_group(examples[indices[0]], [completions[index] for index in indices])
+            rows |= zip(indices, scored, strict=True)
+        return [rows[index] for index in range(len(completions))]
 
     def _column(
         self, name: str, example: Example, completions: Sequence[str], answers: Sequence[Answer]
     ) -> list[float | None]:
         spec, params = self._specs[name], self._components[name].params
         shared = {"truth": example.truth, "question": example.question, "example": example}
+        scores: Any
         if spec.scope == "group":
             available = {**shared, "answers": list(answers), "completions": list(completions)}
-            scores = spec.function(*[available[a] for a in spec.arguments], **params)
+            scores = _call(spec, available, params)
             if scores is None:
                 return [None] * len(completions)
             if not isinstance(scores, Sequence) or len(scores) != len(completions):
@@ -195,7 +230,7 @@ class RewardSuite:
             scores = []
             for completion, answer in zip(completions, answers, strict=True):
                 available = {**shared, "answer": answer, "completion": completion}
-                scores.append(spec.function(*[available[a] for a in spec.arguments], **params))
+                scores.append(_call(spec, available, params))
         absent = sum(score is None for score in scores)
         if 0 < absent < len(scores):
             raise RewardError(
@@ -204,7 +239,7 @@ class RewardSuite:
             )
         return [_checked_score(name, example, score) for score in scores]
 
-    def _row(self, raw: dict[str, float | None], answer: Answer) -> RewardRow:
+    def _row(self, raw: dict[str, float | None], answer: Answer, errors: dict[str, str]) -> RewardRow:
         scores, closed = dict(raw), {}
         for name in self._gate_order:
             gate = self._gates[name]
@@ -218,7 +253,7 @@ class RewardSuite:
         for name in rewards:
             weights[name] /= weight_sum or 1.0
         total = math.fsum(weight * scores[name] for name, weight in weights.items())
-        return RewardRow(scores, weights, total, closed, answer)
+        return RewardRow(scores, weights, total, closed, errors, answer)
 
     def _resolve_gates(self) -> tuple[dict[str, str], list[str]]:
         """Gated column -> gating column, and the gated columns in an order that settles every gate first."""
@@ -259,6 +294,17 @@ def _check_component(component: Component, spec: RewardSpec) -> None:
         raise ValueError(f"reward {spec.name!r}: weight must be {expected}, got {component.weight}")
     if spec.kind == "penalty" and component.gate:
         raise ValueError(f"penalty {spec.name!r} must not have a gate: closing it would be rewarded")
+
+
+def _call(spec: RewardSpec, available: Mapping[str, Any], params: Mapping[str, Any]) -> Any:
+    try:
+        return spec.function(*[available[a] for a in spec.arguments], **params)
+    except Exception as error:
+        completion = available.get("completion", available.get("completions"))
+        raise RewardError(
+            f"reward {spec.name!r} raised {type(error).__name__}: {error}; example {available['example'].example_id}, "
+            f"completion {str(completion)[:300]!r}"
+        ) from error
 
 
 def _checked_score(name: str, example: Example, score: Any) -> float | None:

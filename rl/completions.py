@@ -54,6 +54,7 @@ def completion_records(step: int, scored: Sequence[ScoredGroup], task: Task) -> 
                     "advantage": float(s.advantages_G[sample]),
                     **{f"reward/{name}": score for name, score in row.components.items()},
                     "closed_gates": json.dumps(row.closed_gates),
+                    "errors": json.dumps(row.errors),
                     "format_problem": row.answer.format_problem.value,
                     "grades_problem": row.answer.grades_problem.value,
                     "bbox_problem": row.answer.bbox_problem.value,
@@ -77,12 +78,18 @@ def write_completions(path: Path, table: pl.DataFrame) -> None:
 
 
 def reward_metrics(table: pl.DataFrame) -> dict[str, float]:
-    """Means over a step: reward, each component where it applies, groups without signal, length, share cut off."""
+    """Means over a step: reward, each component where it applies, groups without signal, length, share cut off.
+
+    `reward_errors` is there only when there were any: the share of completions some component could not score.
+    """
     names = [name for name in table.columns if name.startswith("reward")]
     metrics = {name: _mean(table[name]) for name in names if table[name].count()}
     signal = table.group_by("example_id").agg((pl.col("advantage") != 0).any())["advantage"]
     metrics["groups_without_signal"] = 1 - _mean(signal)
     metrics["completion_length"] = _mean(table["tokens"])
+    failed = _mean(table["errors"] != "{}")
+    if failed:
+        metrics["reward_errors"] = failed
     metrics["truncated"] = _mean(table["finish_reason"] == "length")
     return metrics
 

@@ -152,6 +152,9 @@ class RewardsConfig:
 
     reader: str = "strict"
     """How answers are read, in training and benchmark alike: strict | tolerant."""
+    on_error: str = "raise"
+    """What happens when a reward function fails on a sample: raise (the run ends, naming it) | score_none (left out
+    for that question, counted in the metrics, named in the saved completions)."""
     components: list[RewardComponent] = field(
         default_factory=lambda: [
             RewardComponent(name="output_format", weight=0.2),

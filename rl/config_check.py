@@ -28,6 +28,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "embed.dtype": ("auto", "float32", "bfloat16"),
     "engine.kind": ("vllm", "hf"),
     "rewards.reader": ("strict", "tolerant"),
+    "rewards.on_error": ("raise", "score_none"),
     "grpo.loss_type": ("grpo", "dr_grpo", "dapo", "bnpo"),
     "grpo.scale_rewards": ("group", "batch", "none"),
     "grpo.multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
