@@ -103,6 +103,18 @@ def find_reward(name: str) -> RewardSpec:
     return _REGISTRY[name]
 
 
+def spec_of(function: Callable[..., Any]) -> RewardSpec:
+    """The registration of a function.
+
+    Raises:
+        ValueError: it is not registered.
+    """
+    for spec in _REGISTRY.values():
+        if spec.function is function:
+            return spec
+    raise ValueError(f"{getattr(function, '__name__', function)} is not a reward yet; put @reward above it")
+
+
 def _register(scope: Scope, kind: Kind) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         spec = _inspect(function, scope, kind)
@@ -160,11 +172,11 @@ def _from_file(path: Path, function_name: str) -> RewardSpec:
             raise
     module = sys.modules[module_name]
     function = getattr(module, function_name, None)
-    for spec in _REGISTRY.values():
-        if spec.function is function:
-            return spec
     if callable(function):
-        raise ValueError(f"{path}: {function_name} is not a reward yet; put @reward above it")
+        try:
+            return spec_of(function)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     names = [spec.name for spec in _REGISTRY.values() if spec.function.__module__ == module_name]
     raise ValueError(f"{path} has no function {function_name!r}; its rewards: {', '.join(names) or 'none'}")
 

@@ -215,6 +215,7 @@ def test_repetition_is_the_share_of_runs_of_words_said_before() -> None:
     assert repetition("the femur shows one lesion and the tibia shows none") == 0.0
     assert repetition("no lesion here no lesion here", words=3) == pytest.approx(1 / 4)
     assert repetition("No lesion. " * 500) > 0.99
+    assert repetition("<think>a b c d</think><answer>a b c d a b c d</answer>", words=4) == 0.0
     with pytest.raises(ValueError, match="words must be at least 1"):
         repetition("a", words=0)
 
