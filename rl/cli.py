@@ -21,6 +21,7 @@ from rich.table import Table
 from rl.one_install import shadowing
 from rl.progress import clock
 from rl.quiet import quiet_libraries
+from rl.rewards_cli import app as rewards_app
 
 if TYPE_CHECKING:
     from rl.config import Config
@@ -61,6 +62,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Look at a dataset.")
 app.add_typer(data_app, name="data")
+app.add_typer(rewards_app, name="rewards")
 
 DEFAULT_CONFIG = Path("configs/demo.yaml")
 ConfigFile = Annotated[Path, typer.Option("--config", metavar="FILE", help="Recipe; configs/ has some.")]

@@ -322,7 +322,7 @@ class BaseConfig:
     vocab_size: int = 1600
     vision_steps: int = 2000
     vision_learning_rate: float = 2e-3
-    lookup_steps: int = 900
+    lookup_steps: int = 700
     answer_steps: int = 500
     language_learning_rate: float = 1.5e-3
 

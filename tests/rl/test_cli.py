@@ -43,7 +43,7 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
         "finally:\n    print(sorted({'torch', 'numpy', 'ray', 'transformers', 'omegaconf'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for name in ("demo", *STAGES, "launch", "data"):
+    for name in ("demo", *STAGES, "launch", "data", "rewards"):
         assert re.search(rf"│ {name} ", done.stdout), name
     assert done.stdout.strip().endswith("[]")
 
