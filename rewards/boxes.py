@@ -2,7 +2,7 @@
 
 Inside, a `Box3D` is half-open in voxels of the volume file's own grid. In text it is the dataset's six
 inclusive integers `[start_slice, end_slice, x_min, x_max, y_min, y_max]`. `from_text` and `to_text` are the
-only places where one becomes the other.
+only places where one becomes the other; corners and millimetres are half-open too.
 
 Overlaps are counted in voxels; all voxels of a volume have the same size, so the overlap in mm^3 is the same.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +53,35 @@ class Box3D:
     def to_text(self) -> list[int]:
         """Six inclusive integers, `[start_slice, end_slice, x_min, x_max, y_min, y_max]`."""
         return [self.slice_min, self.slice_max - 1, self.x_min, self.x_max - 1, self.y_min, self.y_max - 1]
+
+    @classmethod
+    def from_corners(cls, low: Sequence[int], high: Sequence[int]) -> Box3D:
+        """From its lowest corner and the one just beyond its highest, each (slice, x, y)."""
+        (s0, x0, y0), (s1, x1, y1) = low, high
+        return cls(s0, s1, x0, x1, y0, y1)
+
+    def to_corners(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Its lowest corner and the one just beyond its highest, each (slice, x, y)."""
+        return (self.slice_min, self.x_min, self.y_min), (self.slice_max, self.x_max, self.y_max)
+
+    def to_mm(self, spacing_mm: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Both corners in mm from the outer corner of voxel (0, 0, 0); `spacing_mm` is (slice, x, y)."""
+        low, high = (tuple(n * mm for n, mm in zip(c, spacing_mm, strict=True)) for c in self.to_corners())
+        return low, high
+
+    def mirrored(self, slices: int) -> Box3D:
+        """The box in the same volume with its `slices` in the opposite order."""
+        return Box3D(
+            slices - self.slice_max, slices - self.slice_min, self.x_min, self.x_max, self.y_min, self.y_max
+        )
+
+    def canonical(self, side: Literal["right", "left"], slices: int) -> Box3D:
+        """The box as on a right knee, so that medial and lateral are at the same end for both sides.
+
+        Slices run along the patient's left-right axis: a left knee is mirrored, a right one is as it is. Applied
+        twice it gives the box back.
+        """
+        return self.mirrored(slices) if side == "left" else self
 
     @property
     def extents(self) -> tuple[int, int, int]:
@@ -137,6 +167,27 @@ def iou_matrix(a_N_6: IntArray, b_M_6: IntArray) -> FloatArray:
     return _iou_of_rows(_checked(a_N_6)[:, None, :], _checked(b_M_6)[None, :, :])
 
 
+def giou_array(a_N_6: IntArray, b_N_6: IntArray) -> FloatArray:
+    """Generalised IoU of each pair of rows, as `giou`: half-open boxes [N, 6] and [N, 6] -> [N].
+
+    Raises:
+        ValueError: wrong shape or dtype, or a row with min >= max (the row is named).
+    """
+    a, b = _checked(a_N_6), _checked(b_N_6)
+    if a.shape != b.shape:
+        raise ValueError(f"giou_array needs as many boxes on both sides, got {len(a)} and {len(b)}")
+    return _giou_of_rows(a, b)
+
+
+def giou_matrix(a_N_6: IntArray, b_M_6: IntArray) -> FloatArray:
+    """Generalised IoU of every box with every other: half-open boxes [N, 6] and [M, 6] -> [N, M].
+
+    Raises:
+        ValueError: wrong shape or dtype, or a row with min >= max (the row is named).
+    """
+    return _giou_of_rows(_checked(a_N_6)[:, None, :], _checked(b_M_6)[None, :, :])
+
+
 def _checked(boxes_N_6: IntArray) -> FloatArray:
     boxes = np.asarray(boxes_N_6)
     if boxes.ndim != 2 or boxes.shape[1] != 6 or not np.issubdtype(boxes.dtype, np.integer):
@@ -149,10 +200,23 @@ def _checked(boxes_N_6: IntArray) -> FloatArray:
 
 
 def _iou_of_rows(a: FloatArray, b: FloatArray) -> FloatArray:
+    overlap, union = _overlap_and_union(a, b)
+    ratio: FloatArray = overlap / union
+    return ratio
+
+
+def _giou_of_rows(a: FloatArray, b: FloatArray) -> FloatArray:
+    overlap, union = _overlap_and_union(a, b)
+    low, high = np.minimum(a[..., 0::2], b[..., 0::2]), np.maximum(a[..., 1::2], b[..., 1::2])
+    hull = np.prod(high - low, axis=-1)
+    value: FloatArray = overlap / union - (hull - union) / hull
+    return value
+
+
+def _overlap_and_union(a: FloatArray, b: FloatArray) -> tuple[FloatArray, FloatArray]:
     low = np.maximum(a[..., 0::2], b[..., 0::2])
     high = np.minimum(a[..., 1::2], b[..., 1::2])
     overlap = np.prod(np.maximum(high - low, 0), axis=-1)
     volume_a = np.prod(a[..., 1::2] - a[..., 0::2], axis=-1)
     volume_b = np.prod(b[..., 1::2] - b[..., 0::2], axis=-1)
-    ratio: FloatArray = overlap / (volume_a + volume_b - overlap)
-    return ratio
+    return overlap, volume_a + volume_b - overlap

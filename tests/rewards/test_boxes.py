@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards import Box3D, boxes_array, center_distance_mm, giou, iou, iou_array, iou_matrix
+from rewards import (
+    Box3D,
+    boxes_array,
+    center_distance_mm,
+    giou,
+    giou_array,
+    giou_matrix,
+    iou,
+    iou_array,
+    iou_matrix,
+)
 
 
 @st.composite
@@ -92,9 +102,10 @@ def test_iou_falls_as_the_overlap_shrinks(box: Box3D, by: int) -> None:
 def test_the_vectorised_forms_agree_with_the_single_one(pairs: list[tuple[Box3D, Box3D]]) -> None:
     left, right = boxes_array([a for a, _ in pairs]), boxes_array([b for _, b in pairs])
     assert iou_array(left, right) == pytest.approx([iou(a, b) for a, b in pairs])
-    matrix = iou_matrix(left, right)
-    assert matrix.shape == (len(pairs), len(pairs))
-    assert np.diagonal(matrix) == pytest.approx(iou_array(left, right))
+    assert giou_array(left, right) == pytest.approx([giou(a, b) for a, b in pairs])
+    for matrix, array in ((iou_matrix, iou_array), (giou_matrix, giou_array)):
+        assert matrix(left, right).shape == (len(pairs), len(pairs))
+        assert np.diagonal(matrix(left, right)) == pytest.approx(array(left, right))
 
 
 @given(
@@ -152,3 +163,52 @@ def test_centre_distance_is_in_millimetres() -> None:
     assert center_distance_mm(a, b, (1.0, 1.0, 1.0)) == 5.0
     assert center_distance_mm(a, b, (2.0, 0.0, 9.0)) == 6.0
     assert center_distance_mm(a, a, (0.7, 0.365, 0.365)) == 0.0
+
+
+@given(boxes(), st.integers(1, 999))
+def test_corner_form_and_mirroring_are_undone_by_themselves(box: Box3D, slices: int) -> None:
+    assert Box3D.from_corners(*box.to_corners()) == box
+    assert box.mirrored(slices).mirrored(slices) == box
+    assert box.mirrored(slices).extents == box.extents
+
+
+@given(boxes(), boxes(), st.tuples(*[st.floats(0.1, 9) for _ in range(3)]))
+def test_overlap_in_millimetres_is_that_in_voxels(
+    a: Box3D, b: Box3D, spacing: tuple[float, float, float]
+) -> None:
+    (low_a, high_a), (low_b, high_b) = a.to_mm(spacing), b.to_mm(spacing)
+    sides = [
+        max(0.0, min(h, k) - max(lo, m)) for h, k, lo, m in zip(high_a, high_b, low_a, low_b, strict=True)
+    ]
+    volumes = [
+        math.prod(h - lo for h, lo in zip(high, low, strict=True))
+        for low, high in ((low_a, high_a), (low_b, high_b))
+    ]
+    overlap = math.prod(sides)
+    assert overlap / (sum(volumes) - overlap) == pytest.approx(iou(a, b), abs=1e-9)
+
+
+def test_a_left_knee_is_mirrored_into_the_orientation_of_a_right_one() -> None:
+    box = Box3D(2, 5, 10, 20, 30, 40)
+    assert box.canonical("right", 16) == box
+    assert box.canonical("left", 16) == Box3D(11, 14, 10, 20, 30, 40)
+
+
+@pytest.mark.slow
+def test_a_million_pairs_agree_with_monai() -> None:
+    """`monai.data.box_utils` works in float32 corners: small integers are exact there."""
+    box_utils = pytest.importorskip("monai.data.box_utils")
+    rng = np.random.default_rng(0)
+
+    def random_boxes(n: int) -> np.ndarray:
+        low = rng.integers(0, 100, (n, 3))
+        high = low + rng.integers(1, 40, (n, 3))
+        return np.stack([low, high], axis=-1).reshape(n, 6)
+
+    a, b = random_boxes(1000), random_boxes(1000)
+    corners_a, corners_b = (
+        np.concatenate([x[:, 0::2], x[:, 1::2]], axis=1).astype(np.float64) for x in (a, b)
+    )
+    assert iou_matrix(a, b).size == 1_000_000
+    assert np.abs(iou_matrix(a, b) - box_utils.box_iou(corners_a, corners_b)).max() < 1e-6
+    assert np.abs(giou_matrix(a, b) - box_utils.box_giou(corners_a, corners_b)).max() < 1e-6

@@ -1,0 +1,114 @@
+"""How fast are rewards? Completions per second, hostile input, import time.
+
+    python benchmarks/rewards.py [--completions 20000] [--processes 1]
+
+The workload: answers in the declared format of about 300 tokens (1,100 characters), right and wrong ones mixed, to
+all 62 questions, in groups of 8, scored by the default suite. Best of five runs; a ratio beside it says what the same
+loop costs that only parses the JSON with the standard library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from multiprocessing import get_context
+
+import numpy as np
+
+from rewards import Component, Example, RewardSuite
+from rewards.redteam import EXPLOITS, cases, honest_answer
+
+GROUP = 8
+REASONING = "The signal was followed from slice to slice and compared with the normal side. " * 9
+DEFAULT = (Component("output_format", 0.2), Component("moaks_accuracy"), Component("box_iou"))
+Group = tuple[Example, list[str]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--completions", type=int, default=20_000)
+    parser.add_argument("--processes", type=int, default=1)
+    options = parser.parse_args()
+    groups = workload(options.completions)
+    texts = [text for _, group in groups for text in group]
+    print(f"{len(texts)} completions, {np.mean([len(text) for text in texts]):.0f} characters on the average")
+
+    parsing = best(lambda: [json.loads(text[text.index("<answer>") + 8 : -9]) for text in texts])
+    print(f"json.loads of the answer alone          {len(texts) / parsing:10,.0f} /s")
+    for name, components in {"default suite": DEFAULT, **{c.name: (c,) for c in DEFAULT}}.items():
+        suite = RewardSuite(components)
+        seconds = best(partial(score, suite, groups))
+        print(f"{name:40}{len(texts) / seconds:10,.0f} /s  {seconds / parsing:5.1f} x parsing")
+    tolerant = RewardSuite(DEFAULT, reader="tolerant")
+    seconds = best(partial(score, tolerant, groups))
+    print(
+        f"{'default suite, tolerant reader':40}{len(texts) / seconds:10,.0f} /s  {seconds / parsing:5.1f} x parsing"
+    )
+    if options.processes > 1:
+        with get_context("spawn").Pool(options.processes) as pool:
+            parts = [groups[i :: options.processes] for i in range(options.processes)]
+            pool.map(
+                score_default, [part[:1] for part in parts]
+            )  # the processes have imported what they need
+            seconds = best(partial(pool.map, score_default, parts))
+        print(f"{f'default suite, {options.processes} processes':40}{len(texts) / seconds:10,.0f} /s")
+    hostile()
+    print(f"import rewards on top of numpy: {import_seconds() * 1000:.0f} ms")
+
+
+def workload(completions: int) -> list[Group]:
+    """Groups of answers of mixed quality."""
+    rng = np.random.default_rng(0)
+    drawn = cases("balanced", knees=-(-completions // (62 * GROUP)))
+    groups = []
+    for case in drawn[: completions // GROUP]:
+        answers = [honest_answer(case, *rng.random(2), rng) for _ in range(GROUP)]
+        groups.append((case.example, [text.replace("<think>", f"<think>{REASONING}") for text in answers]))
+    return groups
+
+
+def score(suite: RewardSuite, groups: list[Group]) -> None:
+    for example, texts in groups:
+        suite.score_group(example, texts)
+
+
+def score_default(groups: list[Group]) -> None:
+    score(RewardSuite(DEFAULT), groups)
+
+
+def hostile() -> None:
+    """The slowest completion of each exploit, cut to 100 KB, in both readers."""
+    case = cases("balanced", knees=1)[0]
+    for reader in ("strict", "tolerant"):
+        suite = RewardSuite(DEFAULT, reader=reader)  # type: ignore[arg-type]
+        slowest = max(
+            (best(partial(suite.score, case.example, exploit.attack(case)[:100_000])), exploit.name)
+            for exploit in EXPLOITS
+        )
+        print(f"slowest hostile 100 KB, {reader:8} reader    {slowest[0] * 1000:10.2f} ms  ({slowest[1]})")
+
+
+def import_seconds() -> float:
+    code = "import time, numpy; t = time.perf_counter(); import rewards; print(time.perf_counter() - t)"
+    return min(float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(5))
+
+
+def best(run: Callable[[], object], repeats: int = 5) -> float:
+    """Seconds of the fastest run."""
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+if __name__ == "__main__":
+    main()
