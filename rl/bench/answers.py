@@ -21,7 +21,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from rewards.boxes import Box3D
 from rewards.errors import ReasonKneeError
 from rewards.ontology import QUESTIONS
-from rewards.types import Example, ReaderMode, Reasoning, Truth
+from rewards.types import Example, ReaderMode, Reasoning, Truth, VolumeRef
 
 ANSWERS_FILE = "answers.parquet"
 META_FILE = "run.json"
@@ -183,6 +183,21 @@ def row_truth(row: Mapping[str, Any]) -> Truth:
     """The truth of one row of `answers.parquet`."""
     box = row["truth_bbox"]
     return Truth(grades=json.loads(row["truth_grades"]), bbox=None if box is None else Box3D.from_text(box))
+
+
+def row_example(row: Mapping[str, Any]) -> Example:
+    """The question of one row of `answers.parquet`, about its volume, with its truth."""
+    s, x, y = row["shape"]
+    ds, dx, dy = row["spacing_mm"]
+    return Example(
+        example_id=row["example_id"],
+        volume=VolumeRef(row["volume_id"], row["image_path"], None, (s, x, y), (ds, dx, dy)),
+        question=QUESTIONS[row["question_id"]],
+        truth=row_truth(row),
+        patient_id=row["patient_id"],
+        visit=row["visit"],
+        side=row["side"],
+    )
 
 
 def make_run(rows: Iterable[AnswerRow], meta: RunMeta) -> BenchRun:

@@ -17,7 +17,7 @@ from scipy.stats import t as student_t
 
 from rewards.errors import ReasonKneeError
 from rl.bench.answers import BenchRun, RunMeta
-from rl.bench.endpoints import MEASURES, OVERALL, Endpoint, count, endpoints, value
+from rl.bench.endpoints import MEASURES, OVERALL, SAME_COLUMNS, Endpoint, count, endpoints, value
 from rl.bench.intervals import (
     Interval,
     Resampled,
@@ -55,6 +55,8 @@ class Difference:
     bca: Interval
     p_value: float
     """Patient-level sign-flip test, two-sided, not corrected for the number of columns."""
+    p_holm: float
+    """The same corrected by Holm's method over the columns of its measure; Overall stands alone."""
     n: int
     """Observations: graded attributes, or items."""
     n_patients: int
@@ -153,9 +155,10 @@ def compare_graded(a: Graded, b: Graded, settings: CompareConfig, seed: int = 0)
             "measure/column of a column that is not empty"
         )
     resampled = resample(counts_a.n, counts_b.s - counts_a.s, observed, settings.bootstrap_draws, seed)
+    corrected = _holm_over_columns(observed, [r.p_value for r in resampled])
     differences = tuple(
-        _difference(e, counts_a.n, counts_a.s, counts_b.s, r, settings.confidence)
-        for e, r in zip(observed, resampled, strict=True)
+        _difference(e, counts_a.n, counts_a.s, counts_b.s, r, p_holm, settings.confidence)
+        for e, r, p_holm in zip(observed, resampled, corrected, strict=True)
     )
     return Comparison(
         a=a.meta,
@@ -170,12 +173,39 @@ def compare_graded(a: Graded, b: Graded, settings: CompareConfig, seed: int = 0)
     )
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values of a family of tests (Holm 1979), in the order given."""
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+def _holm_over_columns(observed: Sequence[Endpoint], p_values: Sequence[float]) -> list[float]:
+    """One family per measure; a category that is a column of Table 2 by another name is not counted twice."""
+    adjusted: dict[tuple[str, str], float] = {}
+    for measure in MEASURES:
+        family = {
+            e.column: p
+            for e, p in zip(observed, p_values, strict=True)
+            if e.measure == measure and e.column not in (OVERALL, *SAME_COLUMNS)
+        }
+        corrected = zip(family, holm(list(family.values())), strict=True)
+        adjusted |= {(measure, column): p for column, p in corrected}
+    return [
+        p if e.column == OVERALL else adjusted[e.measure, SAME_COLUMNS.get(e.column, e.column)]
+        for e, p in zip(observed, p_values, strict=True)
+    ]
+
+
 def _difference(
     endpoint: Endpoint,
     n: np.ndarray,
     s_a: np.ndarray,
     s_b: np.ndarray,
     resampled: Resampled,
+    p_holm: float,
     confidence: float,
 ) -> Difference:
     n_merged = n @ endpoint.merge
@@ -198,6 +228,7 @@ def _difference(
         percentile=intervals[2],
         bca=intervals[3],
         p_value=resampled.p_value,
+        p_holm=p_holm,
         n=int(n_merged.sum()),
         n_patients=n_patients,
     )

@@ -43,9 +43,20 @@ CATEGORIES = (
     "Synovitis and effusion",
     "Periarticular",
 )
+SAME_COLUMNS = {"Osteophytes": "Osteophyte", "Menisci": "Meniscus"}
+"""Category -> the column of Table 2 that holds the same attributes under another name."""
 TABLE3_COLUMNS = ("Patella", "Femur", "Tibia", "Meniscus", "ACL", "PCL", "Synovitis")
 GRADE_MEASURES = ("accuracy", "accuracy_macro", "balanced_accuracy", "balanced_accuracy_pooled")
 MEASURES = (*GRADE_MEASURES, "iou", "strict")
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One entry of a table; `value` is None where there was nothing to measure."""
+
+    value: float | None
+    n: int
+    """Observations: graded attributes, or items."""
 
 
 @dataclass(frozen=True)

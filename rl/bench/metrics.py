@@ -10,19 +10,21 @@ A column without observations is empty (`None`), never 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import polars as pl
 
-from rewards.boxes import iou
+from rewards.boxes import center_distance_mm, iou
+from rewards.functions import rule_violations
 from rewards.ontology import QUESTIONS
 from rewards.reading import read_answer
 from rewards.types import Problem
-from rl.bench.answers import BenchRun, RunMeta, row_truth
-from rl.bench.endpoints import count, endpoints, value
+from rl.bench.answers import BenchRun, RunMeta, row_example
+from rl.bench.endpoints import Cell, count, endpoints, value
+from rl.bench.further import by_attribute, further_measures, recall_per_grade
 
 ATTRIBUTE_SCHEMA = {
     "example_id": pl.String(),
@@ -39,6 +41,8 @@ ITEM_SCHEMA = {
     "question_id": pl.Int64(),
     "finish_reason": pl.String(),
     "iou": pl.Float64(),
+    "distance_mm": pl.Float64(),
+    "violates": pl.Boolean(),
     "box_read": pl.Boolean(),
     "grades_read": pl.Boolean(),
     "strict": pl.Boolean(),
@@ -57,22 +61,15 @@ class Graded:
     predicted (null: not read), correct (null where there is no truth), and by join question_id, attribute, scale,
     grade_space ("ordinal 0-3"), table2_column, category.
 
-    `items`, one row per item: `ITEM_SCHEMA` (iou is null without a true box, 0 without a predicted one; all_correct
-    is null without any true grade), and by join table2_column, category, table3_column.
+    `items`, one row per item: `ITEM_SCHEMA` (iou is null without a true box, 0 without a predicted one; distance_mm,
+    of the centres, is null without either; violates, whether the grades break a rule of `rule_violations`, is null
+    when they were not read; all_correct is null without any true grade), and by join table2_column, category,
+    table3_column.
     """
 
     meta: RunMeta
     attributes: pl.DataFrame
     items: pl.DataFrame
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One entry of a table; `value` is None where there was nothing to measure."""
-
-    value: float | None
-    n: int
-    """Observations: graded attributes, or items with a true box."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,11 @@ class Tables:
 
     meta: RunMeta
     values: Mapping[str, Mapping[str, Cell]]
-    """measure (`rl.bench.endpoints.MEASURES`) -> column -> cell."""
+    """measure (`rl.bench.endpoints.MEASURES`, and those of `rl.bench.further`) -> column -> cell."""
+    recall: Mapping[str, Mapping[int, Cell]]
+    """grade space ("ordinal 0-3") -> grade -> share of its true occurrences answered right."""
+    attributes: Sequence[Mapping[str, Any]]
+    """One row per attribute (`rl.bench.further.by_attribute`)."""
     counts: Mapping[str, int]
     """items, patients, volumes, what was unread, what had no truth."""
     problems: Mapping[str, Mapping[str, int]]
@@ -168,7 +169,14 @@ def tables(graded: Graded) -> Tables:
         observed = int(n.sum())
         cell = Cell(float(value(n, s, endpoint.group)) if observed else None, observed)
         values.setdefault(endpoint.measure, {})[endpoint.column] = cell
-    return Tables(graded.meta, values, _tally(graded), _problems(graded.items))
+    return Tables(
+        graded.meta,
+        {**values, **further_measures(graded.attributes, graded.items)},
+        recall_per_grade(graded.attributes),
+        by_attribute(graded.attributes).to_dicts(),
+        _tally(graded),
+        _problems(graded.items),
+    )
 
 
 def grade_histogram(graded: Graded) -> pl.DataFrame:
@@ -209,10 +217,10 @@ def _grades_of(grade_space: str) -> range:
 def _grade_row(
     row: Mapping[str, Any], meta: RunMeta, attributes: dict[str, list[Any]], items: dict[str, list[Any]]
 ) -> None:
-    question, truth = QUESTIONS[row["question_id"]], row_truth(row)
-    s, x, y = row["shape"]
+    example = row_example(row)
+    question, truth = example.question, example.truth
     answer = read_answer(
-        row["completion"], question, mode=meta.reader, reasoning=meta.reasoning, shape=(s, x, y)
+        row["completion"], question, mode=meta.reader, reasoning=meta.reasoning, shape=example.volume.shape
     )
     for index, attribute in enumerate(question.attributes):
         attributes["example_id"].append(row["example_id"])
@@ -220,12 +228,18 @@ def _grade_row(
         attributes["attribute_id"].append(attribute_id(question.question_id, index))
         attributes["truth"].append(truth.grades.get(attribute.name))
         attributes["predicted"].append(answer.grades.get(attribute.name))
-    overlap = None
-    if truth.bbox is not None:
-        overlap = iou(answer.bbox, truth.bbox) if answer.bbox is not None else 0.0
+    overlap, distance = None, None
+    if truth.bbox is not None and answer.bbox is not None:
+        overlap = iou(answer.bbox, truth.bbox)
+        distance = center_distance_mm(answer.bbox, truth.bbox, example.volume.spacing_mm)
+    elif truth.bbox is not None:
+        overlap = 0.0
+    grades_read = answer.grades_problem is Problem.NONE
     graded = {
         **{name: row[name] for name in row.keys() & items.keys()},
         "iou": overlap,
+        "distance_mm": distance,
+        "violates": rule_violations(answer, question, example) > 0 if grades_read else None,
         "box_read": answer.bbox is not None,
         "grades_read": len(answer.grades) == len(question.attributes),
         "strict": answer.strict,

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rl.bench import figures
@@ -28,7 +29,7 @@ from rl.bench.compare import (
 )
 from rl.bench.metrics import Graded, Tables, grade_histogram, grade_run, tables
 from rl.bench.samples import Sample, choose, make_sample
-from rl.bench.views import all_views, differences_table, markdown
+from rl.bench.views import all_views, differences_table, latex, markdown
 
 REPORT_FILE = "report.html"
 
@@ -40,7 +41,7 @@ def write_report(
     metrics_jsonl: Path | None = None,
     axes: Sequence[int] = (2, 0, 1),
 ) -> Path:
-    """Write `report.html`, `tables.md` and `results.json`.
+    """Write `report.html`, `tables.md`, `tables.tex`, `results.json`, and `samples.parquet`: every item as graded.
 
     Args:
         out_dir: folder to write into.
@@ -83,6 +84,9 @@ def write_report(
     html = environment.get_template("report.html.j2").render(page)
     out_dir.mkdir(parents=True, exist_ok=True)
     _write(out_dir / "tables.md", _tables_md(by_run, comparison))
+    views = [*all_views(by_run), differences_table(comparison)]
+    _write(out_dir / "tables.tex", "\n".join(latex(view) for view in views))
+    _write_samples(out_dir / "samples.parquet", runs, graded)
     _write(
         out_dir / "results.json",
         json.dumps(_results(by_run, comparison), indent=2, ensure_ascii=False) + "\n",
@@ -141,6 +145,18 @@ def _results(by_run: Mapping[str, Tables], comparison: Comparison) -> dict[str, 
         "runs": {name: asdict(t) | {"header": t.header} for name, t in by_run.items()},
         "comparison": asdict(comparison),
     }
+
+
+def _write_samples(path: Path, runs: Mapping[str, BenchRun], graded: Mapping[str, Graded]) -> None:
+    """One row per run and item: what was asked, answered and graded."""
+    frames = []
+    for name, run in runs.items():
+        answered = run.answers.select("example_id", "truth_grades", "truth_bbox", "completion")
+        items = graded[name].items.join(answered, on="example_id", how="left", maintain_order="left")
+        frames.append(items.select(pl.lit(name).alias("run"), pl.all()))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    pl.concat(frames).write_parquet(temporary)
+    temporary.replace(path)
 
 
 def _write(path: Path, text: str) -> None:

@@ -9,8 +9,9 @@ from rl.bench import published
 from rl.bench.answers import RunMeta
 from rl.bench.baselines import BASELINE_MODEL
 from rl.bench.compare import MEASURE_NAMES, Comparison, Difference, outcome, signed
-from rl.bench.endpoints import CATEGORIES, OVERALL, TABLE2_COLUMNS, TABLE3_COLUMNS
-from rl.bench.metrics import Cell, Tables
+from rl.bench.endpoints import CATEGORIES, OVERALL, SAME_COLUMNS, TABLE2_COLUMNS, TABLE3_COLUMNS, Cell
+from rl.bench.further import IOU_BARS
+from rl.bench.metrics import Tables
 
 EMPTY = "empty"
 """Stands where a column has no observations."""
@@ -47,7 +48,10 @@ def all_views(by_run: Mapping[str, Tables]) -> list[TableView]:
         table2(by_run),
         balanced_table(by_run),
         category_table(by_run),
+        agreement_table(by_run),
+        recall_table(by_run),
         table3(by_run),
+        box_table(by_run),
         reading_table(by_run),
     ]
 
@@ -123,6 +127,71 @@ def table3(by_run: Mapping[str, Tables]) -> TableView:
     )
 
 
+def agreement_table(by_run: Mapping[str, Tables]) -> TableView:
+    """Macro-F1, quadratic-weighted kappa and mean absolute error."""
+    columns = (*TABLE2_COLUMNS, OVERALL)
+    rows = [
+        Row(_values(f"{name}, {words}", t, measure, columns, boxes=False), _kind(t.meta))
+        for measure, words in (("macro_f1", "macro-F1"), ("kappa", "kappa"), ("mae", "MAE"))
+        for name, t in by_run.items()
+    ]
+    return TableView(
+        "Agreement: macro-F1, kappa, MAE",
+        f"{_header(by_run)}. Means over attributes; quadratic-weighted kappa and mean absolute error over ordinal ones "
+        "only, kappa where it is defined. An unread grade is wrong: as far from the true one as can be.",
+        ("Run", *columns),
+        tuple(rows),
+    )
+
+
+def recall_table(by_run: Mapping[str, Tables]) -> TableView:
+    """Recall of each grade over all attributes of a grade space, and of whole answers."""
+    spaces = {space: tuple(grades) for t in by_run.values() for space, grades in t.recall.items()}
+    keys = [(space, grade) for space, grades in sorted(spaces.items(), reverse=True) for grade in grades]
+    rows = []
+    for name, t in by_run.items():
+        whole = (_cell(t.values["all_correct"][OVERALL]), _cell(t.values["violations"][OVERALL]))
+        recalls = (_cell(t.recall[space][grade]) for space, grade in keys)
+        label = _values(name, t, "accuracy", (), boxes=False)[0]
+        rows.append(Row((label, *recalls, *whole), _kind(t.meta)))
+    first = next(iter(by_run.values()))
+    counts = [f"{first.recall[space][grade].n:,}" for space, grade in keys]
+    rows.append(Row(("n", *counts, f"{first.values['all_correct'][OVERALL].n:,}", ""), "count"))
+    return TableView(
+        "Recall of each grade",
+        f"{_header(by_run)}. Over all attributes of a grade space. A run that has collapsed has 1 in one column and 0 "
+        "in the others. All right: answers without a wrong grade. Rule broken: read answers that contradict a certain "
+        "rule of MOAKS.",
+        ("Run", *(f"{space}: {grade}" for space, grade in keys), "All right", "Rule broken"),
+        tuple(rows),
+    )
+
+
+def box_table(by_run: Mapping[str, Tables]) -> TableView:
+    """How boxes are spread around their mean IoU."""
+    measures = ("iou", "iou_median", *(f"iou_{bar:.2f}" for bar in IOU_BARS), "distance_mm")
+    rows = []
+    for name, t in by_run.items():
+        cells = [_cell(t.values[measure][OVERALL]) for measure in measures]
+        linked = _cell(t.values["iou_grade_correlation"][OVERALL])
+        label = _values(name, t, "iou", (), boxes=True)[0]
+        rows.append(Row((label, *cells, linked), _kind(t.meta)))
+    return TableView(
+        "Boxes: spread of IoU and distance",
+        f"{_header(by_run)}. Over all items with a true box; an unread box has IoU 0 and no distance. With grading: "
+        "correlation of an item's IoU with its share of right grades.",
+        (
+            "Run",
+            "Mean IoU",
+            "Median",
+            *(f"IoU ≥ {bar:g}" for bar in IOU_BARS),
+            "Centres apart, mm",
+            "With grading",
+        ),
+        tuple(rows),
+    )
+
+
 def reading_table(by_run: Mapping[str, Tables]) -> TableView:
     """How much of the answers could be read, and what was left out."""
     rows = []
@@ -155,8 +224,6 @@ def reading_table(by_run: Mapping[str, Tables]) -> TableView:
 
 
 SHOWN_MEASURES = ("balanced_accuracy", "accuracy", "iou", "strict")
-SAME_AS_COLUMN = ("Osteophytes", "Menisci")
-"""Categories that are a column of Table 2 under another name."""
 
 
 def shown_differences(comparison: Comparison) -> list[Difference]:
@@ -165,7 +232,7 @@ def shown_differences(comparison: Comparison) -> list[Difference]:
         d
         for measure in SHOWN_MEASURES
         for d in comparison.differences
-        if d.measure == measure and d.column not in SAME_AS_COLUMN
+        if d.measure == measure and d.column not in SAME_COLUMNS
     ]
 
 
@@ -182,6 +249,7 @@ def differences_table(comparison: Comparison) -> TableView:
                 signed(d.difference),
                 f"{signed(d.interval.low)} to {signed(d.interval.high)}",
                 _p(d.p_value),
+                _p(d.p_holm),
                 outcome(d),
                 f"{d.n:,}",
                 f"{d.n_patients:,}",
@@ -193,8 +261,8 @@ def differences_table(comparison: Comparison) -> TableView:
     return TableView(
         f"Differences, {b} minus {a}",
         f"{level} intervals: bootstrap-t over patients, {comparison.draws:,} draws, seed {comparison.seed}. "
-        "p: patient-level sign-flip test, not corrected for the number of columns.",
-        ("Endpoint", a, b, "Difference", f"{level} interval", "p", "Outcome", "n", "Patients"),
+        "p: patient-level sign-flip test; Holm: corrected over the columns of a measure, Overall apart.",
+        ("Endpoint", a, b, "Difference", f"{level} interval", "p", "Holm", "Outcome", "n", "Patients"),
         tuple(rows),
     )
 
@@ -218,6 +286,43 @@ def markdown(view: TableView) -> str:
             "",
         ]
     )
+
+
+def latex(view: TableView) -> str:
+    """A booktabs table; the note becomes its caption."""
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(_tex(c) for c in cells) + r" \\"
+
+    return "\n".join(
+        [
+            r"\begin{table}",
+            rf"\caption{{{_tex(view.title)}. {_tex(view.note)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(view.columns) - 1)}}}",
+            r"\toprule",
+            line(view.columns),
+            r"\midrule",
+            *(line(r.cells) for r in view.rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+_TEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "≥": r"$\geq$",
+    "−": "$-$",
+}
+_TEX |= {c: "\\" + c for c in "&%$#_{}"}
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(c, c) for c in text.replace("\n", " "))
 
 
 def _header(by_run: Mapping[str, Tables]) -> str:

@@ -9,7 +9,16 @@ import polars as pl
 import pytest
 
 from rl.bench.answers import BenchRun
-from rl.bench.compare import CompareError, check_same_items, compare, outcome, seed_summary, signed, verdict
+from rl.bench.compare import (
+    CompareError,
+    check_same_items,
+    compare,
+    holm,
+    outcome,
+    seed_summary,
+    signed,
+    verdict,
+)
 from rl.bench.endpoints import OVERALL
 from rl.bench.metrics import grade_run, tables
 from rl.config import CompareConfig
@@ -210,3 +219,25 @@ def test_a_run_that_reads_nothing_loses(weak):
     result = compare(weak, broken, QUICK)
     assert outcome(result.get("balanced_accuracy")) == "lost"
     assert result.get("strict").b == 0
+
+
+def test_holm_adjusts_as_in_the_textbook():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_columns_are_corrected_within_their_measure_and_overall_stands_alone(examples, answered):
+    chosen = examples(12, range(1, 63))
+    a, b = answered(chosen, "SFT", 0.5, seed=1), answered(chosen, "GRPO", 0.6, seed=2)
+    comparison = compare(a, b, CompareConfig(bootstrap_draws=200))
+    by_key = {(d.measure, d.column): d for d in comparison.differences}
+    for measure in ("accuracy", "iou"):
+        family = [
+            d
+            for (m, c), d in by_key.items()
+            if m == measure and c not in ("Overall", "Osteophytes", "Menisci")
+        ]
+        assert [d.p_holm for d in family] == holm([d.p_value for d in family])
+        assert by_key[measure, "Overall"].p_holm == by_key[measure, "Overall"].p_value
+    assert by_key["accuracy", "Menisci"].p_holm == by_key["accuracy", "Meniscus"].p_holm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from html.parser import HTMLParser
 
 import nibabel
@@ -158,7 +159,28 @@ def test_tables_md_is_a_github_table(built):
 
 
 def test_no_temporary_file_is_left(built):
-    assert sorted(p.name for p in built[0].parent.iterdir()) == ["report.html", "results.json", "tables.md"]
+    names = ["report.html", "results.json", "samples.parquet", "tables.md", "tables.tex"]
+    assert sorted(p.name for p in built[0].parent.iterdir()) == names
+
+
+def test_every_item_of_every_run_is_in_the_samples_as_it_was_graded(built):
+    report, runs, *_ = built
+    samples = pl.read_parquet(report.parent / "samples.parquet")
+    assert samples.height == sum(run.answers.height for run in runs.values())
+    assert set(samples["run"]) == set(runs)
+    assert {"item_hash", "iou", "distance_mm", "all_correct", "completion", "truth_grades"} <= set(
+        samples.columns
+    )
+
+
+def test_tables_for_a_paper_have_as_many_cells_in_every_row_and_nothing_unescaped(built):
+    text = (built[0].parent / "tables.tex").read_text()
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 9
+    for table in text.split(r"\begin{table}")[1:]:
+        width = len(table.split(r"\begin{tabular}{")[1].split("}")[0])
+        rows = [line for line in table.splitlines() if line.endswith(r" \\")]
+        assert {row.replace(r"\&", "").count("&") for row in rows} == {width - 1}
+    assert not re.search(r"(?<!\\)[%#_]", text)
 
 
 def test_the_same_input_gives_the_same_page(built, tmp_path):

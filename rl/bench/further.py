@@ -1,0 +1,155 @@
+"""Measures that stand beside the endpoints, without intervals: what a reviewer looks at when two runs differ.
+
+Grades, by attribute and averaged over the attributes of a column:
+
+| measure | definition | source |
+|---|---|---|
+| macro_f1 | F1 averaged over the grades that occur in the truth | scikit-learn `f1_score` |
+| kappa | quadratic-weighted kappa, ordinal attributes only | scikit-learn `cohen_kappa_score` |
+| mae | mean distance from the true grade, ordinal attributes only | |
+
+An answer that cannot be read is wrong: for F1 a class of its own, for kappa and mae the grade farthest from the true
+one. Kappa is undefined, and left out, where truth and answers are one and the same grade throughout.
+
+Boxes, over the items of a structure that have a true box (an unread box has IoU 0 and no distance): median IoU, share
+of IoU at least .25, .5 and .75, mean distance of the centres in mm. Items: share with every attribute right, share of
+read answers that contradict a certain MOAKS rule, correlation of IoU with the share of right grades.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import polars as pl
+from sklearn.metrics import cohen_kappa_score, f1_score
+
+from rl.bench.endpoints import CATEGORIES, OVERALL, TABLE2_COLUMNS, TABLE3_COLUMNS, Cell
+
+UNREAD = -1
+IOU_BARS = (0.25, 0.5, 0.75)
+
+
+Values = dict[str, dict[str, Cell]]
+"""measure -> column -> cell."""
+
+
+def further_measures(attributes: pl.DataFrame, items: pl.DataFrame) -> Values:
+    """All of the above from the frames of `rl.bench.metrics.Graded`, for every column, empty ones included."""
+    return {**_grade_measures(attributes), **_box_measures(items), **_item_measures(attributes, items)}
+
+
+def recall_per_grade(attributes: pl.DataFrame) -> dict[str, dict[int, Cell]]:
+    """Grade space ("ordinal 0-3") -> grade -> share of its true occurrences that were answered right."""
+    found: dict[str, dict[int, Cell]] = {}
+    known = attributes.filter(pl.col("truth").is_not_null())
+    counted = known.group_by("grade_space", "truth").agg(pl.len().alias("n"), pl.col("correct").mean())
+    for space, grade, n, recall in counted.sort("grade_space", "truth").iter_rows():
+        found.setdefault(space, {})[grade] = Cell(recall, n)
+    return found
+
+
+def by_attribute(attributes: pl.DataFrame) -> pl.DataFrame:
+    """One row per attribute with a truth: question_id, attribute, columns, n, accuracy and the three grade measures.
+
+    A measure that is undefined is null.
+    """
+    known = attributes.filter(pl.col("truth").is_not_null())
+    rows = []
+    facts = ["attribute_id", "question_id", "attribute", "scale", "grade_space", "table2_column", "category"]
+    for key, frame in known.group_by(facts, maintain_order=True):
+        truth = frame["truth"].to_numpy()
+        read = frame["predicted"].fill_null(UNREAD).to_numpy()
+        row = dict(zip(facts, key, strict=True)) | {
+            "n": len(truth),
+            "accuracy": float((truth == read).mean()),
+        }
+        row["macro_f1"] = f1_score(truth, read, labels=np.unique(truth), average="macro", zero_division=0)
+        ordinal = row["scale"] == "ordinal"
+        row["kappa"] = _kappa(truth, read, _last_grade(row["grade_space"])) if ordinal else None
+        row["mae"] = (
+            float(_distances(truth, read, _last_grade(row["grade_space"])).mean()) if ordinal else None
+        )
+        rows.append(row)
+    return pl.DataFrame(
+        rows, schema_overrides={"kappa": pl.Float64, "mae": pl.Float64}, infer_schema_length=None
+    )
+
+
+def _grade_measures(attributes: pl.DataFrame) -> Values:
+    table = by_attribute(attributes)
+    values: Values = {}
+    for measure in ("macro_f1", "kappa", "mae"):
+        for column in dict.fromkeys((OVERALL, *TABLE2_COLUMNS, *CATEGORIES)):
+            if table.is_empty():
+                values.setdefault(measure, {})[column] = Cell(None, 0)
+                continue
+            inside = (
+                (pl.col("table2_column") == column) | (pl.col("category") == column) | (column == OVERALL)
+            )
+            defined = table.filter(inside & pl.col(measure).is_not_null())
+            mean = defined[measure].mean()
+            n = int(defined["n"].sum())
+            values.setdefault(measure, {})[column] = Cell(None if mean is None else float(mean), n)  # type: ignore[arg-type]
+    return values
+
+
+def _box_measures(items: pl.DataFrame) -> Values:
+    measures: Mapping[str, Callable[[pl.DataFrame], float | None]] = {
+        "iou_median": lambda boxes: _number(boxes["iou"].median()),
+        **{
+            f"iou_{bar:.2f}": lambda boxes, bar=bar: _number((boxes["iou"] >= bar).mean()) for bar in IOU_BARS
+        },
+        "distance_mm": lambda boxes: _number(boxes["distance_mm"].mean()),
+    }
+    values: Values = {name: {} for name in measures}
+    for column, boxes in _structures(items.filter(pl.col("iou").is_not_null())):
+        for name, measure in measures.items():
+            values[name][column] = Cell(measure(boxes) if boxes.height else None, boxes.height)
+    return values
+
+
+def _item_measures(attributes: pl.DataFrame, items: pl.DataFrame) -> Values:
+    graded = items.filter(pl.col("all_correct").is_not_null())
+    read = items.filter(pl.col("violates").is_not_null())
+    share = (
+        attributes.filter(pl.col("truth").is_not_null()).group_by("example_id").agg(pl.col("correct").mean())
+    )
+    both = items.filter(pl.col("iou").is_not_null()).join(share, on="example_id")
+    linked = both.select(pl.corr("iou", "correct")).item() if both.height > 1 else None
+    return {
+        "all_correct": {OVERALL: Cell(_number(graded["all_correct"].mean()), graded.height)},
+        "violations": {OVERALL: Cell(_number(read["violates"].mean()), read.height)},
+        "iou_grade_correlation": {OVERALL: Cell(_number(linked), both.height)},
+    }
+
+
+def _structures(boxes: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
+    yield OVERALL, boxes
+    for structure in TABLE3_COLUMNS:
+        yield structure, boxes.filter(pl.col("table3_column") == structure)
+
+
+def _kappa(truth: np.ndarray, read: np.ndarray, last: int) -> float | None:
+    answered = np.where(read == UNREAD, _farthest(truth, last), read)
+    if len(np.unique([*truth, *answered])) == 1:
+        return None
+    return float(cohen_kappa_score(truth, answered, labels=range(last + 1), weights="quadratic"))
+
+
+def _distances(truth: np.ndarray, read: np.ndarray, last: int) -> np.ndarray:
+    answered = np.where(read == UNREAD, _farthest(truth, last), read)
+    return np.abs(answered - truth)
+
+
+def _farthest(truth: np.ndarray, last: int) -> np.ndarray:
+    return np.where(truth > last / 2, 0, last)
+
+
+def _last_grade(grade_space: str) -> int:
+    return int(grade_space.rpartition("-")[2])
+
+
+def _number(value: object) -> float | None:
+    return None if value is None or math.isnan(value) else float(value)  # type: ignore[arg-type]
