@@ -247,12 +247,13 @@ class RewardSuite:
             if gate_score is not None and gate_score < 1 and scores[name] is not None:
                 scores[name] = 0.0
                 closed[name] = f"{gate} scored {gate_score:g}{_problems(answer)}"
-        weights = {name: self._components[name].weight for name, score in scores.items() if score is not None}
+        applying = {name: score for name, score in scores.items() if score is not None}
+        weights = {name: self._components[name].weight for name in applying}
         rewards = [name for name in weights if self._specs[name].kind == "reward"]
         weight_sum = sum(weights[name] for name in rewards)
         for name in rewards:
             weights[name] /= weight_sum or 1.0
-        total = math.fsum(weight * scores[name] for name, weight in weights.items())
+        total = math.fsum(weights[name] * score for name, score in applying.items())
         return RewardRow(scores, weights, total, closed, errors, answer)
 
     def _resolve_gates(self) -> tuple[dict[str, str], list[str]]:

@@ -201,9 +201,10 @@ def replay(
         f"({(again & ~told).sum()} gained, {(told & ~again).sum()} lost)"
     )
     if len(both):
+        agreement = float(both["agreement"].to_numpy().mean())
         console.print(
             f"of {len(both)} with both, the best completion is another in {len(changed)}; "
-            f"mean rank correlation {both['agreement'].mean():.3f}"
+            f"mean rank correlation {agreement:.3f}"
         )
     if out is not None:
         with writing(out):

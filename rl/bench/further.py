@@ -19,7 +19,7 @@ read answers that contradict a certain MOAKS rule, correlation of IoU with the s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 import polars as pl
@@ -96,17 +96,15 @@ def _grade_measures(attributes: pl.DataFrame) -> Values:
 
 
 def _box_measures(items: pl.DataFrame) -> Values:
-    measures: Mapping[str, Callable[[pl.DataFrame], float | None]] = {
-        "iou_median": lambda boxes: _number(boxes["iou"].median()),
-        **{
-            f"iou_{bar:.2f}": lambda boxes, bar=bar: _number((boxes["iou"] >= bar).mean()) for bar in IOU_BARS
-        },
-        "distance_mm": lambda boxes: _number(boxes["distance_mm"].mean()),
+    measures: dict[str, pl.Expr] = {
+        "iou_median": pl.col("iou").median(),
+        **{f"iou_{bar:.2f}": (pl.col("iou") >= bar).mean() for bar in IOU_BARS},
+        "distance_mm": pl.col("distance_mm").mean(),
     }
     values: Values = {name: {} for name in measures}
     for column, boxes in _structures(items.filter(pl.col("iou").is_not_null())):
-        for name, measure in measures.items():
-            values[name][column] = Cell(measure(boxes) if boxes.height else None, boxes.height)
+        for name, value in boxes.select(**measures).row(0, named=True).items():
+            values[name][column] = Cell(_number(value), boxes.height)
     return values
 
 
