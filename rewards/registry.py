@@ -25,6 +25,7 @@ from typing import Any, Literal, TypeVar, overload
 
 Kind = Literal["reward", "penalty"]
 Scope = Literal["sample", "group"]
+About = Literal["completion", "grades", "bbox"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 ARGUMENTS: Mapping[Scope, frozenset[str]] = {
@@ -42,6 +43,8 @@ class RewardSpec:
     function: Callable[..., Any]
     kind: Kind
     """"reward": share achieved; "penalty": share violated, whose weight is negative."""
+    about: About
+    """Part of the answer it judges, for training with `grpo.credit: part`; "completion": all of it."""
     scope: Scope
     """"sample": returns one score; "group": returns a list of G scores (or one None)."""
     arguments: tuple[str, ...]
@@ -56,27 +59,33 @@ _REGISTRY: dict[str, RewardSpec] = {}
 @overload
 def reward(function: F, /) -> F: ...
 @overload
-def reward(*, kind: Kind = "reward") -> Callable[[F], F]: ...
-def reward(function: Any = None, /, *, kind: Kind = "reward") -> Any:
+def reward(*, kind: Kind = "reward", about: About = "completion") -> Callable[[F], F]: ...
+def reward(function: Any = None, /, *, kind: Kind = "reward", about: About = "completion") -> Any:
     """Register a function of one sample; it stays callable as it is. Use as `@reward` or `@reward(kind="penalty")`.
+
+    Args:
+        kind: "reward" for a share achieved, "penalty" for a share violated.
+        about: part of the answer that decides the score, where it is one: "grades" or "bbox".
 
     Raises:
         ValueError: an argument that cannot be injected, or a name another file has registered.
     """
-    return _register("sample", kind) if function is None else _register("sample", kind)(function)
+    register = _register("sample", kind, about)
+    return register if function is None else register(function)
 
 
 @overload
 def group_reward(function: F, /) -> F: ...
 @overload
-def group_reward(*, kind: Kind = "reward") -> Callable[[F], F]: ...
-def group_reward(function: Any = None, /, *, kind: Kind = "reward") -> Any:
+def group_reward(*, kind: Kind = "reward", about: About = "completion") -> Callable[[F], F]: ...
+def group_reward(function: Any = None, /, *, kind: Kind = "reward", about: About = "completion") -> Any:
     """Register a function that sees the G samples of one question at once and returns G scores, or None for all.
 
     Raises:
         ValueError: an argument that cannot be injected, or a name another file has registered.
     """
-    return _register("group", kind) if function is None else _register("group", kind)(function)
+    register = _register("group", kind, about)
+    return register if function is None else register(function)
 
 
 def registered() -> Mapping[str, RewardSpec]:
@@ -115,9 +124,9 @@ def spec_of(function: Callable[..., Any]) -> RewardSpec:
     raise ValueError(f"{getattr(function, '__name__', function)} is not a reward yet; put @reward above it")
 
 
-def _register(scope: Scope, kind: Kind) -> Callable[[F], F]:
+def _register(scope: Scope, kind: Kind, about: About) -> Callable[[F], F]:
     def decorate(function: F) -> F:
-        spec = _inspect(function, scope, kind)
+        spec = _inspect(function, scope, kind, about)
         known = _REGISTRY.get(spec.name)
         if known is not None and not _replaces(function, known.function):
             raise ValueError(
@@ -130,11 +139,13 @@ def _register(scope: Scope, kind: Kind) -> Callable[[F], F]:
     return decorate
 
 
-def _inspect(function: Callable[..., Any], scope: Scope, kind: Kind) -> RewardSpec:
+def _inspect(function: Callable[..., Any], scope: Scope, kind: Kind, about: About) -> RewardSpec:
     name = function.__name__
     where = f"reward {name!r} ({_file_of(function)})"
     if kind not in ("reward", "penalty"):
         raise ValueError(f'{where}: kind must be "reward" or "penalty", got {kind!r}')
+    if about not in ("completion", "grades", "bbox"):
+        raise ValueError(f'{where}: about must be "completion", "grades" or "bbox", got {about!r}')
     arguments: list[str] = []
     parameters: dict[str, Any] = {}
     for parameter in inspect.signature(function).parameters.values():
@@ -148,7 +159,7 @@ def _inspect(function: Callable[..., Any], scope: Scope, kind: Kind) -> RewardSp
             )
         else:
             arguments.append(parameter.name)
-    return RewardSpec(name, function, kind, scope, tuple(arguments), parameters)
+    return RewardSpec(name, function, kind, about, scope, tuple(arguments), parameters)
 
 
 def _from_file(path: Path, function_name: str) -> RewardSpec:

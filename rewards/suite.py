@@ -21,7 +21,7 @@ from typing import Any, Literal
 from rewards.errors import ReasonKneeError
 from rewards.reading import read_answer
 from rewards.records import example_from_dict
-from rewards.registry import RewardSpec, find_reward
+from rewards.registry import About, RewardSpec, find_reward
 from rewards.types import Answer, Example, Problem, ReaderMode, Reasoning
 
 OnError = Literal["raise", "score_none"]
@@ -133,6 +133,10 @@ class RewardSuite:
     def group_rewards(self) -> tuple[str, ...]:
         """Columns that need the whole group."""
         return tuple(name for name, spec in self._specs.items() if spec.scope == "group")
+
+    def about(self, name: str) -> About:
+        """What a column judges: "completion", "grades" or "bbox"."""
+        return self._specs[name].about
 
     def set_parameter(self, name: str, parameter: str, value: Any) -> None:
         """Change a keyword-only parameter of a component from now on: how a schedule raises a threshold.

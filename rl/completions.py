@@ -24,11 +24,14 @@ class ScoredGroup:
     group: Group
     rows: list[RewardRow]
     advantages_G: torch.Tensor
+    """Of whole completions."""
+    token_advantages: Sequence[torch.Tensor] = ()
+    """For each completion, [T], where tokens answer for different rewards (`rl.credit`); else empty."""
 
     @property
     def has_signal(self) -> bool:
         """Whether any completion did better than another."""
-        return bool(self.advantages_G.any())
+        return any(bool(a.any()) for a in self.token_advantages or [self.advantages_G])
 
 
 Record = dict[str, Any]

@@ -224,6 +224,9 @@ class GRPOConfig:
     multi_objective_aggregation: str = "sum_then_normalize"
     """How components become advantages: sum_then_normalize | normalize_then_sum (each within its group first, so that
     the one that varies most does not drown the others: GDPO, arXiv 2601.05242; wants scale_rewards: batch)."""
+    credit: str = "completion"
+    """Which tokens answer for a reward: completion (all of them) | part (the box's text for the box, not for grades;
+    what follows it for grades, not for the box)."""
     num_iterations: int = 1
     """Optimizer passes over one batch of rollouts."""
     temperature: float = 1.0

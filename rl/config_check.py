@@ -31,6 +31,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "rewards.on_error": ("raise", "score_none"),
     "grpo.loss_type": ("grpo", "dr_grpo", "dapo", "bnpo"),
     "grpo.scale_rewards": ("group", "batch", "none"),
+    "grpo.credit": ("completion", "part"),
     "grpo.multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "grpo.importance_correction": ("auto", "none", "token_truncate"),
     "eval.split": ("test", "val"),

@@ -19,14 +19,16 @@ Departures from the textbook:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch.nn.utils.rnn import pad_sequence
 
 from rewards.suite import RewardRow, RewardSuite
 from rl.advantages import group_advantages, normalized_sum
@@ -38,6 +40,7 @@ from rl.completions import (
     write_completions,
 )
 from rl.config import Config, ConfigError
+from rl.credit import NOT_CREDITED, token_parts
 from rl.loss import LossInputs, LossSettings, StepTotals, grpo_loss
 from rl.model import disable_dropout, load_policy, reference_adapter, save_adapter, trainable
 from rl.packed import PackedBatch, pack
@@ -66,7 +69,7 @@ class MicroBatch:
     """Groups that are computed together, and what must be remembered of them between iterations."""
 
     batch: PackedBatch
-    advantages_N: torch.Tensor
+    advantages_N_T: torch.Tensor
     mask_N_T: torch.Tensor
     sampler_logps_N_T: torch.Tensor
     old_logps_N_T: torch.Tensor | None = None
@@ -174,25 +177,50 @@ class GRPOTrainer:
             self.suite.score_group(self.task.examples[i], [r.text for r in group.rollouts])
             for i, group in groups
         ]
-        rewards_B_G = self._rewards(rows)
-        everywhere = torch.tensor(gather_object(rewards_B_G.tolist()))
-        if not rows:
-            return []
-        advantages_B_G = group_advantages(rewards_B_G, self.settings.scale_rewards, everywhere)
-        return [
+        advantages_B_G = self._advantages(rows, self.suite.names)
+        scored = [
             ScoredGroup(i, group, group_rows, advantages_G)
             for (i, group), group_rows, advantages_G in zip(groups, rows, advantages_B_G, strict=True)
         ]
+        return self._credit_parts(scored, rows) if self.settings.credit == "part" else scored
 
-    def _rewards(self, rows: list[list[RewardRow]]) -> torch.Tensor:
+    def _credit_parts(self, scored: list[ScoredGroup], rows: list[list[RewardRow]]) -> list[ScoredGroup]:
+        """The same groups with an advantage for each token."""
+        by_part = [
+            self._advantages(rows, [n for n in self.suite.names if self.suite.about(n) != not_credited])
+            for not_credited in NOT_CREDITED.values()
+        ]
+        if not scored:
+            return []
+        advantages_B_G_P = torch.stack(by_part, dim=-1)
+        decode = cache(self.task.tokenizer.decode)
+        return [
+            replace(
+                s,
+                token_advantages=[
+                    advantages_P[token_parts([decode(token) for token in rollout.token_ids])]
+                    for rollout, advantages_P in zip(s.group.rollouts, advantages_G_P, strict=True)
+                ],
+            )
+            for s, advantages_G_P in zip(scored, advantages_B_G_P, strict=True)
+        ]
+
+    def _advantages(self, rows: list[list[RewardRow]], names: Sequence[str]) -> torch.Tensor:
+        """advantages_B_G by the components `names`. Every rank takes part, also one without rows."""
+        rewards_B_G = self._rewards(rows, names)
+        everywhere = torch.tensor(gather_object(rewards_B_G.tolist()))
+        return group_advantages(rewards_B_G, self.settings.scale_rewards, everywhere) if rows else rewards_B_G
+
+    def _rewards(self, rows: list[list[RewardRow]], names: Sequence[str]) -> torch.Tensor:
         """rewards_B_G: what advantages are made from."""
-        if self.settings.multi_objective_aggregation == "sum_then_normalize":
-            return torch.tensor([[row.total for row in group] for group in rows])
-        names = self.suite.names
+        if not rows:
+            return torch.empty(0)
         scores = [[[row.components[name] for name in names] for row in group] for group in rows]
         weights = [[group[0].weights.get(name, 0.0) for name in names] for group in rows]
         scores_B_G_K = torch.from_numpy(np.array(scores, np.float32))  # None becomes NaN
-        return normalized_sum(scores_B_G_K, torch.tensor(weights)) if rows else torch.empty(0)
+        if self.settings.multi_objective_aggregation == "normalize_then_sum":
+            return normalized_sum(scores_B_G_K, torch.tensor(weights))
+        return (scores_B_G_K.nan_to_num(0.0) * torch.tensor(weights)[:, None]).sum(dim=-1)
 
     def _update(self, scored: list[ScoredGroup]) -> tuple[dict[str, float], Agreement]:
         """All optimizer passes over the step's rollouts. Returns metric sums over this rank's tokens."""
@@ -243,7 +271,7 @@ class GRPOTrainer:
             micro.old_logps_N_T = logps_N_T.detach()
         inputs = LossInputs(
             logps_N_T=logps_N_T,
-            advantages_N=micro.advantages_N,
+            advantages_N_T=micro.advantages_N_T,
             mask_N_T=micro.mask_N_T,
             old_logps_N_T=micro.old_logps_N_T,
             ref_logps_N_T=ref_logps_N_T,
@@ -274,7 +302,7 @@ class GRPOTrainer:
         counts_N = torch.tensor([self._counts(r.finish_reason) for r in rollouts], device=device)
         return MicroBatch(
             batch=batch,
-            advantages_N=torch.cat([s.advantages_G for s in scored]).to(device),
+            advantages_N_T=_advantages(scored).to(device),
             mask_N_T=batch.mask_N_T & counts_N[:, None],
             sampler_logps_N_T=sampler_logps(rollouts, batch),
         )
@@ -340,6 +368,13 @@ class GRPOTrainer:
         record |= {"agreement/max": agreement.largest, "agreement/mean": agreement.mean, **watch.seconds}
         record["seconds"] = sum(watch.seconds.values())
         return record
+
+
+def _advantages(scored: list[ScoredGroup]) -> torch.Tensor:
+    """advantages_N_T, or [N, 1] where all tokens of a completion have the same."""
+    if not any(s.token_advantages for s in scored):
+        return torch.cat([s.advantages_G for s in scored])[:, None]
+    return pad_sequence([a for s in scored for a in s.token_advantages], batch_first=True)
 
 
 def microbatches(scored: list[ScoredGroup], budget: int) -> Iterator[list[ScoredGroup]]:

@@ -18,7 +18,8 @@ class LossInputs:
 
     logps_N_T: torch.Tensor
     """Under the policy being trained, with gradient."""
-    advantages_N: torch.Tensor
+    advantages_N_T: torch.Tensor
+    """[N, 1] where all tokens of a completion have the same."""
     mask_N_T: torch.Tensor
     """True for tokens that count; completions left out of the loss are all False."""
     old_logps_N_T: torch.Tensor | None = None
@@ -68,11 +69,11 @@ def grpo_loss(
     mask = inputs.mask_N_T
     logps = inputs.logps_N_T
     old_logps = logps.detach() if inputs.old_logps_N_T is None else inputs.old_logps_N_T
-    advantages_N_1 = inputs.advantages_N[:, None]
+    advantages = inputs.advantages_N_T
 
     ratio = torch.exp(logps - old_logps)
     clipped = ratio.clamp(1 - settings.epsilon, 1 + settings.epsilon_high)
-    loss_N_T = -torch.min(ratio * advantages_N_1, clipped * advantages_N_1)
+    loss_N_T = -torch.min(ratio * advantages, clipped * advantages)
     metrics = {}
     if inputs.sampler_logps_N_T is not None:
         weight = torch.exp((old_logps - inputs.sampler_logps_N_T) * mask).clamp(max=settings.importance_cap)
@@ -85,8 +86,8 @@ def grpo_loss(
         kl = ratio * (torch.expm1(log_ratio) - log_ratio)  # expm1: never below 0 by rounding
         loss_N_T = loss_N_T + settings.beta * kl
         metrics["kl"] = float((kl.detach() * mask).sum())
-    outside = ((ratio < 1 - settings.epsilon) & (advantages_N_1 < 0)) | (
-        (ratio > 1 + settings.epsilon_high) & (advantages_N_1 > 0)
+    outside = ((ratio < 1 - settings.epsilon) & (advantages < 0)) | (
+        (ratio > 1 + settings.epsilon_high) & (advantages > 0)
     )
     metrics["clipped"] = float((outside & mask).sum())
     return _normalise(loss_N_T * mask, mask, settings, totals), metrics

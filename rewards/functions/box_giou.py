@@ -7,7 +7,7 @@ from rewards.registry import reward
 from rewards.types import Answer, Truth
 
 
-@reward
+@reward(about="bbox")
 def box_giou(answer: Answer, truth: Truth) -> float | None:
     """`(GIoU + 1) / 2` (Rezatofighi et al., CVPR 2019), so that it lies in [0, 1] and is 1 for the true box only.
 

@@ -7,7 +7,7 @@ from rewards.registry import reward
 from rewards.types import Answer, Truth
 
 
-@reward
+@reward(about="bbox")
 def box_iou(answer: Answer, truth: Truth) -> float | None:
     """`|A n B| / |A u B|` in voxels. 0 for a box that cannot be read, None when the truth has no box."""
     if truth.bbox is None:

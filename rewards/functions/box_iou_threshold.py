@@ -7,7 +7,7 @@ from rewards.registry import reward
 from rewards.types import Answer, Truth
 
 
-@reward
+@reward(about="bbox")
 def box_iou_threshold(answer: Answer, truth: Truth, *, threshold: float = 0.3) -> float | None:
     """1 when the IoU with the true box is at least `threshold`, in (0, 1]; None when the truth has no box.
 

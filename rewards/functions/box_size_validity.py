@@ -6,7 +6,7 @@ from rewards.registry import reward
 from rewards.types import Answer, Truth
 
 
-@reward
+@reward(about="bbox")
 def box_size_validity(answer: Answer, truth: Truth, *, factor: float = 2.0) -> float | None:
     """`(1/3) sum_axis [1/factor <= answered extent / true extent <= factor]`, over slices, x and y.
 

@@ -7,7 +7,7 @@ from rewards.registry import reward
 from rewards.types import Answer, Truth
 
 
-@reward
+@reward(about="grades")
 def moaks_accuracy(
     answer: Answer, truth: Truth, question: Question, *, ordinal_credit: bool = False
 ) -> float | None:

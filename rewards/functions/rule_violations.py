@@ -18,7 +18,7 @@ _PROGRESSIVE_MACERATION = 7
 _BASELINE_VISIT = "00M"
 
 
-@reward(kind="penalty")
+@reward(kind="penalty", about="grades")
 def rule_violations(answer: Answer, question: Question, example: Example) -> float:
     """Share of the certain rules that the grades violate; 1 when any grade is missing or cannot be read.
 

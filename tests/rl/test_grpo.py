@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from rl.advantages import group_advantages, normalized_sum
 from rl.completions import ScoredGroup
 from rl.config import Config, ConfigError
+from rl.credit import token_parts
 from rl.engine import start_engine
 from rl.grpo import GRPOTrainer, microbatches, train_grpo
 from rl.loss import LOSS_TYPES
@@ -77,6 +78,36 @@ def ending(scored: ScoredGroup, *reasons: str) -> ScoredGroup:
     """The group as if its completions had ended for these reasons."""
     rollouts = [replace(r, finish_reason=x) for r, x in zip(scored.group.rollouts, reasons, strict=True)]
     return replace(scored, group=Group(scored.group.prompt, tuple(rollouts)))
+
+
+def test_tokens_of_the_box_can_answer_for_the_box_alone(make_trainer: MakeTrainer) -> None:
+    """The gradient of a group whose box texts alone are credited is that of its box tokens alone."""
+    box = '<answer>{"bbox": [2, 5, 10, 29, 20, 49], "x": 1}'
+    trainer = make_trainer("grpo.credit=part", "rewards.components=[{name: box_iou}, {name: moaks_accuracy}]")
+    scored = trainer._score(trainer._rollouts(0))[0]
+    ids = tuple(trainer.task.tokenizer.encode(box, add_special_tokens=False))
+    rollouts = [replace(r, text=box, token_ids=ids, logps=(0.0,) * len(ids)) for r in scored.group.rollouts]
+    rows = [
+        replace(
+            row,
+            components={"box_iou": 0.0, "moaks_accuracy": 0.0},
+            weights={"box_iou": 0.5, "moaks_accuracy": 0.5},
+        )
+        for row in scored.rows
+    ]
+    rows[0] = replace(rows[0], components={"box_iou": 0.0, "moaks_accuracy": 1.0})
+    rows[1] = replace(rows[1], components={"box_iou": 1.0, "moaks_accuracy": 0.0})
+    group = replace(scored, group=Group(scored.group.prompt, tuple(rollouts)), rows=rows)
+    (credited,) = trainer._credit_parts([group], [rows])
+    texts = [trainer.task.tokenizer.decode(i) for i in ids]
+    before, inside, after = (
+        [a.tolist() for a in (x[[p == part for p in token_parts(texts)]] for x in credited.token_advantages)]
+        for part in (0, 1, 2)
+    )
+    assert before[0] == before[1]  # both rewards count alike before the box
+    assert max(inside[0]) < 0 < min(inside[1])  # the box answers for the box
+    assert max(after[1]) < 0 < min(after[0])  # what follows answers for the grades
+    assert credited.has_signal
 
 
 def test_components_can_be_normalised_before_they_are_added(make_trainer: MakeTrainer) -> None:

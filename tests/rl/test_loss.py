@@ -29,7 +29,7 @@ def example(seed: int = 0, *, on_policy: bool = False) -> LossInputs:
     base = -torch.rand(4, 3, generator=generator, dtype=torch.float64) * 3
     return LossInputs(
         logps_N_T=near(0.0).requires_grad_(),
-        advantages_N=torch.tensor([1.5, -0.5, -2.0, 0.7], dtype=torch.float64),
+        advantages_N_T=torch.tensor([[1.5], [-0.5], [-2.0], [0.7]], dtype=torch.float64),
         mask_N_T=MASK,
         old_logps_N_T=None if on_policy else near(0.4),
         ref_logps_N_T=near(0.4),
@@ -48,7 +48,7 @@ def one_token(ratio: float, advantage: float, **settings: Any) -> tuple[float, f
     logps = torch.tensor([[0.0]], dtype=torch.float64, requires_grad=True)
     inputs = LossInputs(
         logps,
-        torch.tensor([advantage], dtype=torch.float64),
+        torch.tensor([[advantage]], dtype=torch.float64),
         torch.tensor([[True]]),
         old_logps_N_T=torch.tensor([[-math.log(ratio)]], dtype=torch.float64),
     )
@@ -271,7 +271,7 @@ def _trl_loss(trainer: Any, monkeypatch: pytest.MonkeyPatch, inputs: LossInputs)
             "prompt_mask": torch.ones_like(ids[:, :1]),
             "completion_ids": ids,
             "completion_mask": inputs.mask_N_T.long(),
-            "advantages": inputs.advantages_N,
+            "advantages": inputs.advantages_N_T.squeeze(1),
             "old_per_token_logps": inputs.old_logps_N_T,
             "ref_per_token_logps": inputs.ref_logps_N_T,
             "importance_sampling_ratio": ratio,
