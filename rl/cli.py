@@ -225,12 +225,9 @@ def _stage(
 
 
 def _load(path: Path | None, overrides: list[str] | None, *, needs_model: bool = True) -> Config:
-    from rl.config import load_config
-    from rl.config_check import validate
+    from rl.config_check import load_valid  # imports numpy
 
-    loaded = load_config(path, overrides or [])
-    validate(loaded, needs_model=needs_model)
-    return loaded
+    return load_valid(path, overrides or [], needs_model=needs_model)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 from rewards.suite import RewardSuite
 from rl.bench.endpoints import MEASURES
-from rl.config import Config, ConfigError
+from rl.config import Config, ConfigError, load_config
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "data.box_source": ("text", "mask"),
@@ -148,6 +148,17 @@ def validate(config: Config, *, needs_model: bool = True) -> None:
         raise ConfigError(
             "the configuration cannot be used:\n" + "\n".join(f"  - {problem}" for problem in problems)
         )
+
+
+def load_valid(path: Path | None, overrides: Sequence[str] = (), *, needs_model: bool = True) -> Config:
+    """`load_config`, then `validate`.
+
+    Raises:
+        ConfigError: see both.
+    """
+    config = load_config(path, list(overrides))
+    validate(config, needs_model=needs_model)
+    return config
 
 
 def _choices(config: Config) -> Iterator[str]:

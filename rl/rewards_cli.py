@@ -15,7 +15,6 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rewards import RewardSuite
     from rewards.lines import Line
-    from rl.config import Config
 
 app = typer.Typer(no_args_is_help=True, help="Write, test, attack and apply rewards.")
 ConfigFile = Annotated[
@@ -183,10 +182,11 @@ def replay(
     """A run's saved completions under another recipe's rewards: what would GRPO have learned?"""
     import polars as pl
 
+    from rl.config_check import load_valid
     from rl.errors import writing
     from rl.replay import replay as run_again
 
-    result = run_again(run, _load(config, overrides))
+    result = run_again(run, load_valid(config, overrides or [], needs_model=False))
     console = Console(highlight=False)
     table = Table("step", "reward as trained", "replayed", title="mean reward", title_justify="left")
     for step, trained, again in result.by_step().iter_rows():
@@ -249,18 +249,10 @@ def _words(problem: str) -> str:
     return "" if problem == "none" else problem.replace("_", " ")
 
 
-def _load(path: Path, overrides: list[str] | None) -> Config:
-    from rl.config import load_config
-    from rl.config_check import validate
-
-    loaded = load_config(path, overrides or [])
-    validate(loaded, needs_model=False)
-    return loaded
-
-
 def _suite(path: Path, overrides: list[str] | None) -> RewardSuite:
     from rewards import RewardSuite
+    from rl.config_check import load_valid
     from rl.task import reasoning_of
 
-    loaded = _load(path, overrides)
+    loaded = load_valid(path, overrides or [], needs_model=False)
     return RewardSuite.from_config(loaded.rewards, reasoning=reasoning_of(loaded))

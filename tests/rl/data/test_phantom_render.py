@@ -61,7 +61,7 @@ def test_menisci_are_extruded_by_the_millimetres_of_their_grade() -> None:
     """
     assert EXTRUSION_MM[0] < 2 <= EXTRUSION_MM[1] < 3 <= EXTRUSION_MM[2] < 5 <= EXTRUSION_MM[3]
     knee = sample_knee(np.random.default_rng(5), "right", mode="balanced")
-    knee = replace(knee, scale=1.0)
+    knee = replace(knee, scale=1.0, translation_mm=(0.0, 0.0, 0.0))  # far from the edge of the field
     for grade, millimetres in enumerate(EXTRUSION_MM):
         grades = {**knee.grades, **{i: {"grade": grade} for i in (44, 45, 46, 47)}}
         extruded = replace(knee, grades=grades)
