@@ -36,7 +36,7 @@ def assert_gold_scores_full(reward: UnderTest, **params: Any) -> None:
     """The true answer to each of the 62 questions scores 1 (a penalty: 0)."""
     suite, full = _suite(reward, params)
     for case in cases("balanced", suite.reasoning, knees=1):
-        gold = honest_answer(case, 1.0, 1.0, np.random.default_rng(0))
+        gold = _gold(case)
         total = suite.score(case.example, gold).total
         assert abs(total - full) < 1e-9, (
             f"the true answer scores {total:g}, not {full:g}: {_shown(case, gold)}"
@@ -129,19 +129,23 @@ def _completions(suite: RewardSuite) -> Iterator[tuple[Case, str]]:
         yield some[number % len(some)], _damaged(some[number % len(some)], rng)
 
 
+def _gold(case: Case) -> str:
+    """The true answer."""
+    return honest_answer(case, 1.0, 1.0, np.random.default_rng(0))
+
+
 def _errors(suite: RewardSuite) -> Iterator[RewardError]:
     """What goes wrong when each completion is scored in a group with the true answer."""
     for case, text in _completions(suite):
-        gold = honest_answer(case, 1.0, 1.0, np.random.default_rng(0))
         try:
-            suite.score_group(case.example, [text, gold])
+            suite.score_group(case.example, [text, _gold(case)])
         except RewardError as error:
             yield error
 
 
 def _damaged(case: Case, rng: np.random.Generator) -> str:
     """A true answer with a few characters overwritten, which looks into more corners than noise does."""
-    text = list(honest_answer(case, 1.0, 1.0, rng))
+    text = list(_gold(case))
     alphabet: Sequence[str] = '<>/{}[]",:0123456789 \\\n-.eEtrufalsn\u0660\U0001f9b4'
     for place in rng.integers(0, len(text), int(rng.integers(1, 12))):
         text[place] = alphabet[int(rng.integers(len(alphabet)))]
