@@ -17,11 +17,15 @@ import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 
-from rewards import Component, Example, RewardSuite
-from rewards.redteam import EXPLOITS, cases, honest_answer
+# a script's own folder comes first on the path, and there this file would be taken for the package of its name
+sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
+
+from rewards import Component, Example, RewardSuite  # noqa: E402
+from rewards.redteam import EXPLOITS, cases, honest_answer  # noqa: E402
 
 GROUP = 8
 REASONING = "The signal was followed from slice to slice and compared with the normal side. " * 9

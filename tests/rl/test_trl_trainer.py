@@ -35,7 +35,9 @@ def test_a_stock_trl_trainer_learns_from_the_suite(tmp_path: Path, monkeypatch: 
         """Random text earns nothing else."""
         return len(set(completion)) % 5 / 4
 
-    suite = RewardSuite([Component("output_format", 0.2), Component("moaks_accuracy"), Component("different_characters")])
+    suite = RewardSuite(
+        [Component("output_format", 0.2), Component("moaks_accuracy"), Component("different_characters")]
+    )
     tokenizer = build_tokenizer(["reading a knee"])
     config = Qwen2Config(
         vocab_size=-(-len(tokenizer) // 64) * 64,
