@@ -152,10 +152,7 @@ def iou_array(a_N_6: IntArray, b_N_6: IntArray) -> FloatArray:
     Raises:
         ValueError: wrong shape or dtype, or a row with min >= max (the row is named).
     """
-    a, b = _checked(a_N_6), _checked(b_N_6)
-    if a.shape != b.shape:
-        raise ValueError(f"iou_array needs as many boxes on both sides, got {len(a)} and {len(b)}")
-    return _iou_of_rows(a, b)
+    return _iou_of_rows(*_checked_pairs(a_N_6, b_N_6))
 
 
 def iou_matrix(a_N_6: IntArray, b_M_6: IntArray) -> FloatArray:
@@ -173,10 +170,7 @@ def giou_array(a_N_6: IntArray, b_N_6: IntArray) -> FloatArray:
     Raises:
         ValueError: wrong shape or dtype, or a row with min >= max (the row is named).
     """
-    a, b = _checked(a_N_6), _checked(b_N_6)
-    if a.shape != b.shape:
-        raise ValueError(f"giou_array needs as many boxes on both sides, got {len(a)} and {len(b)}")
-    return _giou_of_rows(a, b)
+    return _giou_of_rows(*_checked_pairs(a_N_6, b_N_6))
 
 
 def giou_matrix(a_N_6: IntArray, b_M_6: IntArray) -> FloatArray:
@@ -186,6 +180,13 @@ def giou_matrix(a_N_6: IntArray, b_M_6: IntArray) -> FloatArray:
         ValueError: wrong shape or dtype, or a row with min >= max (the row is named).
     """
     return _giou_of_rows(_checked(a_N_6)[:, None, :], _checked(b_M_6)[None, :, :])
+
+
+def _checked_pairs(a_N_6: IntArray, b_N_6: IntArray) -> tuple[FloatArray, FloatArray]:
+    a, b = _checked(a_N_6), _checked(b_N_6)
+    if a.shape != b.shape:
+        raise ValueError(f"pairs need as many boxes on both sides, got {len(a)} and {len(b)}")
+    return a, b
 
 
 def _checked(boxes_N_6: IntArray) -> FloatArray:
