@@ -1,6 +1,6 @@
 """How fast are rewards? Completions per second, hostile input, import time.
 
-    python benchmarks/rewards.py [--completions 20000] [--processes 1]
+    python benchmarks/reward_speed.py [--completions 20000] [--processes 1]
 
 The workload: answers in the declared format of about 300 tokens (1,100 characters), right and wrong ones mixed, to
 all 62 questions, in groups of 8, scored by the default suite. Best of five runs; a ratio beside it says what the same
@@ -17,15 +17,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 
-# a script's own folder comes first on the path, and there this file would be taken for the package of its name
-sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
-
-from rewards import Component, Example, RewardSuite  # noqa: E402
-from rewards.redteam import EXPLOITS, cases, honest_answer  # noqa: E402
+from rewards import Component, Example, RewardSuite
+from rewards.redteam import EXPLOITS, cases, honest_answer
 
 GROUP = 8
 REASONING = "The signal was followed from slice to slice and compared with the normal side. " * 9
