@@ -68,6 +68,11 @@ def test_importing_rewards_in_a_fresh_interpreter_loads_neither_torch_nor_ray() 
     assert done.stdout.strip() == "[]"
 
 
+def test_no_script_is_imported_instead_of_a_package() -> None:
+    """A script's folder comes first on the path."""
+    assert not {path.stem for path in (ROOT / "benchmarks").glob("*.py")} & set(PACKAGES)
+
+
 def test_no_source_file_is_longer_than_400_lines() -> None:
     lengths = {
         str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
