@@ -12,6 +12,7 @@ import polars as pl
 import torch
 
 from rewards.suite import RewardRow
+from rl.errors import staged
 from rl.task import Task
 from rollouts.types import Group
 
@@ -75,9 +76,8 @@ def completion_table(records: Sequence[Record], components: Iterable[str]) -> pl
 def write_completions(path: Path, table: pl.DataFrame) -> None:
     """Write `path` (parquet), complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.tmp")
-    table.write_parquet(staging)
-    staging.replace(path)
+    with staged(path) as staging:
+        table.write_parquet(staging)
 
 
 def reward_metrics(table: pl.DataFrame) -> dict[str, float]:

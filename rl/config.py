@@ -6,7 +6,6 @@ GRPO fields carry TRL's names. Every field says its unit; defaults follow the pa
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from rl.config_keys import unknown_keys
 from rl.config_layers import ConfigError, in_one_line, read_file, read_override
+from rl.errors import staged
 
 
 @dataclass
@@ -381,9 +381,8 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config as YAML, under a temporary name first."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
-    staging.replace(path)
+    with staged(path) as staging:
+        staging.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
 
 
 def _refuse_unknown_keys(layer: Any, origin: str) -> None:

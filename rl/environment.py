@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rl.config import ConfigError
+from rl.errors import staged
 
 PACKAGES = (
     "reasonknee-rl",
@@ -92,9 +93,8 @@ def write_environment(folder: Path, seed: int | None = None) -> Path:
     """Write `environment.json` into a run's folder (atomically) and return its path."""
     path = folder / "environment.json"
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(describe_environment(seed), indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with staged(path) as staging:
+        staging.write_text(json.dumps(describe_environment(seed), indent=2) + "\n", encoding="utf-8")
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,14 @@ def writing(path: Path) -> Iterator[None]:
             f"cannot write {path} ({error}); free space, or set run_dir to another disk, and run again: what was "
             "finished is kept"
         ) from error
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to, which becomes `path` at the end: complete or not at all."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    yield staging
+    staging.replace(path)
 
 
 def expected_errors() -> tuple[type[Exception], ...]:

@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from rewards.errors import ReasonKneeError
 from rl.config import Config, save_config
 from rl.environment import write_environment
-from rl.errors import writing
+from rl.errors import staged, writing
 from rl.model import save_adapter
 from rl.packed import PackedPolicy
 
@@ -122,9 +122,8 @@ def _step_of(line: str) -> float:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write to a temporary name, then rename, so that a full disk or a kill leaves the old file."""
-    staging = path.with_name(f".{path.name}.tmp")
-    staging.write_text(text, encoding="utf-8")
-    staging.replace(path)
+    with staged(path) as staging:
+        staging.write_text(text, encoding="utf-8")
 
 
 def save_checkpoint(

@@ -24,6 +24,7 @@ from rl.data.phantom.labels import LABELS, question_labels
 from rl.data.phantom.marker import MARKER, refuse_other_data
 from rl.data.phantom.patients import Finding, Patient, Scan, plan_patients, write_patient
 from rl.data.phantom.reasoning import reasoning_sentence
+from rl.errors import staged
 from rollouts.prompts import question_text
 
 Item = dict[str, str]
@@ -169,6 +170,5 @@ def _write_json(path: Path, value: Any) -> None:
 
 def _write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with staged(path) as staging:
+        staging.write_text(text, encoding="utf-8")

@@ -7,7 +7,6 @@ files do not depend on how many processes write them.
 from __future__ import annotations
 
 import gzip
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from rl.data.boxes import extent_box, region_extents
 from rl.data.phantom.anatomy import BASELINE, Knee, Mode, follow_up, sample_knee
 from rl.data.phantom.labels import TEXT_ORDER, question_labels
 from rl.data.phantom.render import render
+from rl.errors import staged
 
 LATER_VISITS = ("12M", "18M", "24M", "30M", "36M", "48M", "72M", "96M")
 _BOTH_KNEES = 0.25
@@ -157,6 +157,5 @@ def write_volume(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
     image = nib.Nifti1Image(voxels, affine)
     image.header.set_xyzt_units("mm", "sec")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
-    temporary.replace(path)
+    with staged(path) as staging:
+        staging.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
