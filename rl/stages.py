@@ -13,7 +13,6 @@ from __future__ import annotations
 import fcntl
 import importlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from rewards.errors import ReasonKneeError
 from rl import stage_inputs as inputs
 from rl.config import Config, save_config
 from rl.data.phantom.marker import refuse_other_data
+from rl.errors import staged
 from rl.progress import StageProgress, clock
 from rl.quiet import quiet_bars
 from rl.stage_inputs import Inputs
@@ -184,9 +184,8 @@ def read_record(path: Path) -> tuple[Inputs | None, bool]:
 def write_record(path: Path, now: Inputs, *, done: bool, seconds: float) -> None:
     """What a stage or a benchmark run is made from, on disk."""
     record = {"done": done, "seconds": round(seconds, 1), **asdict(now)}
-    staging = _made(path.parent) / f".{path.name}.{os.getpid()}"
-    staging.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    staging.replace(path)
+    with staged(_made(path.parent) / path.name) as staging:
+        staging.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _made(folder: Path) -> Path:

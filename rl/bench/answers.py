@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,6 +21,7 @@ from rewards.boxes import Box3D
 from rewards.errors import ReasonKneeError
 from rewards.ontology import QUESTIONS
 from rewards.types import Example, ReaderMode, Reasoning, Truth, VolumeRef
+from rl.errors import staged
 
 ANSWERS_FILE = "answers.parquet"
 META_FILE = "run.json"
@@ -227,12 +227,10 @@ def write_run(folder: Path, rows: Iterable[AnswerRow], meta: RunMeta) -> BenchRu
     run = make_run(rows, meta)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / META_FILE).unlink(missing_ok=True)
-    temporary = folder / f".{ANSWERS_FILE}.{os.getpid()}"
-    run.answers.write_parquet(temporary)
-    temporary.replace(folder / ANSWERS_FILE)
-    temporary = folder / f".{META_FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps(asdict(run.meta), indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / META_FILE)
+    with staged(folder / ANSWERS_FILE) as staging:
+        run.answers.write_parquet(staging)
+    with staged(folder / META_FILE) as staging:
+        staging.write_text(json.dumps(asdict(run.meta), indent=2) + "\n", encoding="utf-8")
     return run
 
 

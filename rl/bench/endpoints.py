@@ -128,6 +128,12 @@ def endpoints(cells: Sequence[tuple[Any, ...]]) -> list[Endpoint]:
     return found
 
 
+def grades_of(grade_space: str) -> range:
+    """The grades of a space as it is named: "ordinal 0-3"."""
+    first, last = grade_space.split()[-1].split("-")
+    return range(int(first), int(last) + 1)
+
+
 def value(n: FloatArray, s: FloatArray, group: FloatArray) -> FloatArray:
     """The endpoint from the totals of its cells; works on any leading shape, e.g. bootstrap draws.
 

@@ -25,19 +25,39 @@ import numpy as np
 import polars as pl
 from sklearn.metrics import cohen_kappa_score, f1_score
 
-from rl.bench.endpoints import CATEGORIES, OVERALL, TABLE2_COLUMNS, TABLE3_COLUMNS, Cell
+from rl.bench.endpoints import CATEGORIES, OVERALL, TABLE2_COLUMNS, TABLE3_COLUMNS, Cell, grades_of
 
 UNREAD = -1
 IOU_BARS = (0.25, 0.5, 0.75)
-
+_BY_ATTRIBUTE = {
+    "attribute_id": pl.Int64(),
+    "question_id": pl.Int64(),
+    "attribute": pl.String(),
+    "scale": pl.String(),
+    "grade_space": pl.String(),
+    "table2_column": pl.String(),
+    "category": pl.String(),
+    "n": pl.Int64(),
+    "accuracy": pl.Float64(),
+    "macro_f1": pl.Float64(),
+    "kappa": pl.Float64(),
+    "mae": pl.Float64(),
+}
+"""Columns of `by_attribute`: facts, then measures."""
+_FACTS = 7
 
 Values = dict[str, dict[str, Cell]]
 """measure -> column -> cell."""
 
 
-def further_measures(attributes: pl.DataFrame, items: pl.DataFrame) -> Values:
-    """All of the above from the frames of `rl.bench.metrics.Graded`, for every column, empty ones included."""
-    return {**_grade_measures(attributes), **_box_measures(items), **_item_measures(attributes, items)}
+def further_measures(table: pl.DataFrame, attributes: pl.DataFrame, items: pl.DataFrame) -> Values:
+    """All of the above for every column, empty ones included.
+
+    Args:
+        table: `by_attribute(attributes)`.
+        attributes, items: frames of `rl.bench.metrics.Graded`.
+    """
+    return {**_grade_measures(table), **_box_measures(items), **_item_measures(attributes, items)}
 
 
 def recall_per_grade(attributes: pl.DataFrame) -> dict[str, dict[int, Cell]]:
@@ -57,41 +77,32 @@ def by_attribute(attributes: pl.DataFrame) -> pl.DataFrame:
     """
     known = attributes.filter(pl.col("truth").is_not_null())
     rows = []
-    facts = ["attribute_id", "question_id", "attribute", "scale", "grade_space", "table2_column", "category"]
+    facts = list(_BY_ATTRIBUTE)[:_FACTS]
     for key, frame in known.group_by(facts, maintain_order=True):
+        row = dict(zip(facts, key, strict=True))
         truth = frame["truth"].to_numpy()
         read = frame["predicted"].fill_null(UNREAD).to_numpy()
-        row = dict(zip(facts, key, strict=True)) | {
+        row |= {
             "n": len(truth),
             "accuracy": float((truth == read).mean()),
+            "macro_f1": f1_score(truth, read, labels=np.unique(truth), average="macro", zero_division=0),
         }
-        row["macro_f1"] = f1_score(truth, read, labels=np.unique(truth), average="macro", zero_division=0)
-        ordinal = row["scale"] == "ordinal"
-        row["kappa"] = _kappa(truth, read, _last_grade(row["grade_space"])) if ordinal else None
-        row["mae"] = (
-            float(_distances(truth, read, _last_grade(row["grade_space"])).mean()) if ordinal else None
-        )
+        if row["scale"] == "ordinal":
+            grades = grades_of(row["grade_space"])
+            farthest = np.where(truth > grades[-1] / 2, grades[0], grades[-1])
+            answered = np.where(read == UNREAD, farthest, read)
+            row |= {"kappa": _kappa(truth, answered, grades), "mae": float(np.abs(answered - truth).mean())}
         rows.append(row)
-    return pl.DataFrame(
-        rows, schema_overrides={"kappa": pl.Float64, "mae": pl.Float64}, infer_schema_length=None
-    )
+    return pl.DataFrame(rows, schema=_BY_ATTRIBUTE)
 
 
-def _grade_measures(attributes: pl.DataFrame) -> Values:
-    table = by_attribute(attributes)
-    values: Values = {}
-    for measure in ("macro_f1", "kappa", "mae"):
-        for column in dict.fromkeys((OVERALL, *TABLE2_COLUMNS, *CATEGORIES)):
-            if table.is_empty():
-                values.setdefault(measure, {})[column] = Cell(None, 0)
-                continue
-            inside = (
-                (pl.col("table2_column") == column) | (pl.col("category") == column) | (column == OVERALL)
-            )
+def _grade_measures(table: pl.DataFrame) -> Values:
+    values: Values = {name: {} for name in ("macro_f1", "kappa", "mae")}
+    for column in dict.fromkeys((OVERALL, *TABLE2_COLUMNS, *CATEGORIES)):
+        inside = (pl.col("table2_column") == column) | (pl.col("category") == column) | (column == OVERALL)
+        for measure, cells in values.items():
             defined = table.filter(inside & pl.col(measure).is_not_null())
-            mean = defined[measure].mean()
-            n = int(defined["n"].sum())
-            values.setdefault(measure, {})[column] = Cell(None if mean is None else float(mean), n)  # type: ignore[arg-type]
+            cells[column] = Cell(_number(defined[measure].mean()), int(defined["n"].sum()))
     return values
 
 
@@ -129,24 +140,10 @@ def _structures(boxes: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
         yield structure, boxes.filter(pl.col("table3_column") == structure)
 
 
-def _kappa(truth: np.ndarray, read: np.ndarray, last: int) -> float | None:
-    answered = np.where(read == UNREAD, _farthest(truth, last), read)
+def _kappa(truth: np.ndarray, answered: np.ndarray, grades: range) -> float | None:
     if len(np.unique([*truth, *answered])) == 1:
         return None
-    return float(cohen_kappa_score(truth, answered, labels=range(last + 1), weights="quadratic"))
-
-
-def _distances(truth: np.ndarray, read: np.ndarray, last: int) -> np.ndarray:
-    answered = np.where(read == UNREAD, _farthest(truth, last), read)
-    return np.abs(answered - truth)
-
-
-def _farthest(truth: np.ndarray, last: int) -> np.ndarray:
-    return np.where(truth > last / 2, 0, last)
-
-
-def _last_grade(grade_space: str) -> int:
-    return int(grade_space.rpartition("-")[2])
+    return float(cohen_kappa_score(truth, answered, labels=grades, weights="quadratic"))
 
 
 def _number(value: object) -> float | None:

@@ -23,7 +23,7 @@ from rewards.ontology import QUESTIONS
 from rewards.reading import read_answer
 from rewards.types import Problem
 from rl.bench.answers import BenchRun, RunMeta, row_example
-from rl.bench.endpoints import Cell, count, endpoints, value
+from rl.bench.endpoints import Cell, count, endpoints, grades_of, value
 from rl.bench.further import by_attribute, further_measures, recall_per_grade
 
 ATTRIBUTE_SCHEMA = {
@@ -169,11 +169,12 @@ def tables(graded: Graded) -> Tables:
         observed = int(n.sum())
         cell = Cell(float(value(n, s, endpoint.group)) if observed else None, observed)
         values.setdefault(endpoint.measure, {})[endpoint.column] = cell
+    table = by_attribute(graded.attributes)
     return Tables(
         graded.meta,
-        {**values, **further_measures(graded.attributes, graded.items)},
+        {**values, **further_measures(table, graded.attributes, graded.items)},
         recall_per_grade(graded.attributes),
-        by_attribute(graded.attributes).to_dicts(),
+        table.to_dicts(),
         _tally(graded),
         _problems(graded.items),
     )
@@ -196,7 +197,7 @@ def grade_histogram(graded: Graded) -> pl.DataFrame:
         [
             {"grade_space": space, "grade": grade}
             for space in sorted(spaces["grade_space"].unique())
-            for grade in [*_grades_of(space), None]
+            for grade in [*grades_of(space), None]
         ],
         schema={"grade_space": pl.String(), "grade": pl.Int64()},
     )
@@ -207,11 +208,6 @@ def grade_histogram(graded: Graded) -> pl.DataFrame:
         .with_columns(pl.col("true_count", "predicted_count").fill_null(0))
         .sort([*by, "grade"], nulls_last=True)
     )
-
-
-def _grades_of(grade_space: str) -> range:
-    first, last = grade_space.split()[-1].split("-")
-    return range(int(first), int(last) + 1)
 
 
 def _grade_row(

@@ -7,7 +7,6 @@ network, and figures are images.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +28,8 @@ from rl.bench.compare import (
 )
 from rl.bench.metrics import Graded, Tables, grade_histogram, grade_run, tables
 from rl.bench.samples import Sample, choose, make_sample
-from rl.bench.views import all_views, differences_table, latex, markdown
+from rl.bench.views import TableView, all_views, differences_table, latex, markdown
+from rl.errors import staged
 
 REPORT_FILE = "report.html"
 
@@ -60,13 +60,14 @@ def write_report(
     """
     graded = {name: grade_run(run) for name, run in runs.items()}
     by_run = {name: tables(g) for name, g in graded.items()}
+    views, differences = all_views(by_run), differences_table(comparison)
     arms = [_find(runs, meta.name) for meta in (comparison.a, comparison.b)]
     page = {
         **_verdict_part(comparison),
         "runs": runs,
-        "views": all_views(by_run),
+        "views": views,
         "failures": {name: t.failures for name, t in by_run.items()},
-        "differences": differences_table(comparison),
+        "differences": differences,
         "forest": figures.forest_plot(comparison),
         "histograms": figures.grade_histograms({name: grade_histogram(graded[name]) for name in arms}),
         "curves": figures.reward_curves(figures.read_metrics(metrics_jsonl)) if metrics_jsonl else None,
@@ -83,9 +84,8 @@ def write_report(
     )
     html = environment.get_template("report.html.j2").render(page)
     out_dir.mkdir(parents=True, exist_ok=True)
-    _write(out_dir / "tables.md", _tables_md(by_run, comparison))
-    views = [*all_views(by_run), differences_table(comparison)]
-    _write(out_dir / "tables.tex", "\n".join(latex(view) for view in views))
+    _write(out_dir / "tables.md", _tables_md([*views, differences], by_run, comparison))
+    _write(out_dir / "tables.tex", "\n".join(latex(view) for view in [*views, differences]))
     _write_samples(out_dir / "samples.parquet", runs, graded)
     _write(
         out_dir / "results.json",
@@ -131,9 +131,9 @@ def _samples(arms: Sequence[BenchRun], graded: Sequence[Graded], axes: Sequence[
     ]
 
 
-def _tables_md(by_run: Mapping[str, Tables], comparison: Comparison) -> str:
+def _tables_md(views: Sequence[TableView], by_run: Mapping[str, Tables], comparison: Comparison) -> str:
     parts = ["# ReasonKnee-Bench", "", verdict(comparison), ""]
-    parts += [markdown(view) for view in [*all_views(by_run), differences_table(comparison)]]
+    parts += [markdown(view) for view in views]
     parts += [f"- {name}: {t.failures}." for name, t in by_run.items()]
     return "\n".join(parts) + "\n"
 
@@ -154,12 +154,10 @@ def _write_samples(path: Path, runs: Mapping[str, BenchRun], graded: Mapping[str
         answered = run.answers.select("example_id", "truth_grades", "truth_bbox", "completion")
         items = graded[name].items.join(answered, on="example_id", how="left", maintain_order="left")
         frames.append(items.select(pl.lit(name).alias("run"), pl.all()))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    pl.concat(frames).write_parquet(temporary)
-    temporary.replace(path)
+    with staged(path) as staging:
+        pl.concat(frames).write_parquet(staging)
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with staged(path) as staging:
+        staging.write_text(text, encoding="utf-8")
