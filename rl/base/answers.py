@@ -68,10 +68,9 @@ class AnswerTrees:
         said: list[Said] = []
 
         def ask(question_id: int, before: str, after: str, answer: str) -> None:
-            name = self._encode(QUESTIONS[question_id].entity)
-            start = len(ids) + len(self._encode(before))
-            given = [*self._encode(before), *name, *self._encode(after)]
-            told = self._encode(answer)
+            lead, name = self._encode(before), self._encode(QUESTIONS[question_id].entity)
+            start = len(ids) + len(lead)
+            given, told = lead + name + self._encode(after), self._encode(answer)
             ids.extend(given + told)
             asked = Said(question_id, True, range(start, start + len(name)))
             said.extend([Said(0)] * len(given) + [asked] * len(told))

@@ -60,10 +60,11 @@ class LanguageTrainer:
         language = self.policy.language_model
         self.look_layer = len(language.layers) // 2
         self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        """Queries and keys of each layer, heads x L x d, of the last forward."""
+        """Queries and keys of the two guided layers, heads x L x d, of the last forward."""
 
         def watched(module: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            self._seen[module.layer_idx] = query[0], repeat_kv(key, query.shape[1] // key.shape[1])[0]
+            if module.layer_idx in (self.look_layer - 1, self.look_layer):
+                self._seen[module.layer_idx] = query[0], repeat_kv(key, query.shape[1] // key.shape[1])[0]
             return packed_tree_attention(module, query, key, *args, **kwargs)
 
         ALL_ATTENTION_FUNCTIONS.register(_WATCHED, watched)
