@@ -50,6 +50,5 @@ def normalized_sum(scores_B_G_K: torch.Tensor, weights_B_K: torch.Tensor) -> tor
 def _centred(x_B_G: torch.Tensor) -> torch.Tensor:
     """Minus the mean over a group (dimension 1); exactly 0 in a group of equals."""
     spread = x_B_G.amax(dim=1, keepdim=True) > x_B_G.amin(dim=1, keepdim=True)
-    return (
-        x_B_G - x_B_G.mean(dim=1, keepdim=True)
-    ) * spread  # the mean of equal floats may be off by one rounding
+    # the mean of equal floats may be off by one rounding
+    return (x_B_G - x_B_G.mean(dim=1, keepdim=True)) * spread

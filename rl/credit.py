@@ -15,11 +15,11 @@ it is about where it is declared (`@reward(about="bbox")`).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 BEFORE, BOX, AFTER = range(3)
-NOT_CREDITED: Mapping[int, str] = {BEFORE: "", BOX: "grades", AFTER: "bbox"}
-"""Part -> what the rewards are about that it does not answer for."""
+NOT_CREDITED = ("", "grades", "bbox")
+"""For each part, what the rewards are about that it does not answer for."""
 
 _BOX_TEXT = re.compile(r'"bbox"\s{0,9}:\s{0,9}\[[^\]]{0,200}\]')
 

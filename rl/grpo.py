@@ -40,7 +40,7 @@ from rl.completions import (
     write_completions,
 )
 from rl.config import Config, ConfigError
-from rl.credit import NOT_CREDITED, token_parts
+from rl.credit import BEFORE, NOT_CREDITED, token_parts
 from rl.loss import LossInputs, LossSettings, StepTotals, grpo_loss
 from rl.model import disable_dropout, load_policy, reference_adapter, save_adapter, trainable
 from rl.packed import PackedBatch, pack
@@ -177,21 +177,23 @@ class GRPOTrainer:
             self.suite.score_group(self.task.examples[i], [r.text for r in group.rollouts])
             for i, group in groups
         ]
-        advantages_B_G = self._advantages(rows, self.suite.names)
-        scored = [
-            ScoredGroup(i, group, group_rows, advantages_G)
-            for (i, group), group_rows, advantages_G in zip(groups, rows, advantages_B_G, strict=True)
-        ]
-        return self._credit_parts(scored, rows) if self.settings.credit == "part" else scored
+        return self._with_advantages(groups, rows)
 
-    def _credit_parts(self, scored: list[ScoredGroup], rows: list[list[RewardRow]]) -> list[ScoredGroup]:
-        """The same groups with an advantage for each token."""
+    def _with_advantages(
+        self, groups: list[tuple[int, Group]], rows: list[list[RewardRow]]
+    ) -> list[ScoredGroup]:
+        """Advantages of completions, and of their tokens where those answer for different rewards."""
+        parts = NOT_CREDITED if self.settings.credit == "part" else NOT_CREDITED[: BEFORE + 1]
         by_part = [
             self._advantages(rows, [n for n in self.suite.names if self.suite.about(n) != not_credited])
-            for not_credited in NOT_CREDITED.values()
+            for not_credited in parts
         ]
-        if not scored:
-            return []
+        scored = [
+            ScoredGroup(i, group, group_rows, advantages_G)
+            for (i, group), group_rows, advantages_G in zip(groups, rows, by_part[BEFORE], strict=True)
+        ]
+        if len(parts) == 1:
+            return scored
         advantages_B_G_P = torch.stack(by_part, dim=-1)
         decode = cache(self.task.tokenizer.decode)
         return [
@@ -302,7 +304,7 @@ class GRPOTrainer:
         counts_N = torch.tensor([self._counts(r.finish_reason) for r in rollouts], device=device)
         return MicroBatch(
             batch=batch,
-            advantages_N_T=_advantages(scored).to(device),
+            advantages_N_T=_packed_advantages(scored).to(device),
             mask_N_T=batch.mask_N_T & counts_N[:, None],
             sampler_logps_N_T=sampler_logps(rollouts, batch),
         )
@@ -370,7 +372,7 @@ class GRPOTrainer:
         return record
 
 
-def _advantages(scored: list[ScoredGroup]) -> torch.Tensor:
+def _packed_advantages(scored: list[ScoredGroup]) -> torch.Tensor:
     """advantages_N_T, or [N, 1] where all tokens of a completion have the same."""
     if not any(s.token_advantages for s in scored):
         return torch.cat([s.advantages_G for s in scored])[:, None]

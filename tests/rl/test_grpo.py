@@ -97,8 +97,8 @@ def test_tokens_of_the_box_can_answer_for_the_box_alone(make_trainer: MakeTraine
     ]
     rows[0] = replace(rows[0], components={"box_iou": 0.0, "moaks_accuracy": 1.0})
     rows[1] = replace(rows[1], components={"box_iou": 1.0, "moaks_accuracy": 0.0})
-    group = replace(scored, group=Group(scored.group.prompt, tuple(rollouts)), rows=rows)
-    (credited,) = trainer._credit_parts([group], [rows])
+    group = Group(scored.group.prompt, tuple(rollouts))
+    (credited,) = trainer._with_advantages([(scored.example_index, group)], [rows])
     texts = [trainer.task.tokenizer.decode(i) for i in ids]
     before, inside, after = (
         [a.tolist() for a in (x[[p == part for p in token_parts(texts)]] for x in credited.token_advantages)]

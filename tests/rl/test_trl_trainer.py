@@ -10,7 +10,6 @@ from datasets import Dataset
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-import rewards.registry as registry
 from rewards import (
     QUESTIONS,
     Box3D,
@@ -27,9 +26,8 @@ from rl.base.model import build_tokenizer
 pytestmark = pytest.mark.slow
 
 
-def test_a_stock_trl_trainer_learns_from_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
-
+@pytest.mark.usefixtures("own_registry")
+def test_a_stock_trl_trainer_learns_from_the_suite(tmp_path: Path) -> None:
     @reward
     def different_characters(completion: str) -> float:
         """Random text earns nothing else."""
