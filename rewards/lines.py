@@ -97,8 +97,8 @@ def _example(number: int, record: dict[str, Any]) -> Example:
     question = QUESTIONS[question_id]
     if not isinstance(truth, dict) or not isinstance(truth["grades"], dict):
         raise ValueError(f"truth must have grades by attribute, got {truth!r:.200}")
+    known = {attribute.name: attribute.grades for attribute in question.attributes}
     for name, grade in truth["grades"].items():
-        known = {attribute.name: attribute.grades for attribute in question.attributes}
         if name not in known:
             raise ValueError(f"question {question_id} has no attribute {name!r}; it has {list(known)}")
         if type(grade) is not int or grade not in known[name]:

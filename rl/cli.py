@@ -18,6 +18,7 @@ import typer.core
 from rich.console import Console
 from rich.table import Table
 
+from rl.cli_options import DEFAULT_CONFIG, Overrides
 from rl.one_install import shadowing
 from rl.progress import clock
 from rl.quiet import quiet_libraries
@@ -64,12 +65,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at a dataset.")
 app.add_typer(data_app, name="data")
 app.add_typer(rewards_app, name="rewards")
 
-DEFAULT_CONFIG = Path("configs/demo.yaml")
 ConfigFile = Annotated[Path, typer.Option("--config", metavar="FILE", help="Recipe; configs/ has some.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="key=value", help="Settings of the recipe to override, e.g. grpo.max_steps=100."),
-]
 Again = Annotated[
     bool,
     typer.Option(

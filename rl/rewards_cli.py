@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rl.cli_options import DEFAULT_CONFIG, Overrides
+
 if TYPE_CHECKING:
     from rewards import RewardSuite
     from rewards.lines import Line
@@ -20,10 +22,6 @@ app = typer.Typer(no_args_is_help=True, help="Write, test, attack and apply rewa
 ConfigFile = Annotated[
     Path, typer.Option("--config", metavar="FILE", help="Recipe whose rewards section is used.")
 ]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="key=value", help="Settings of the recipe to override.")
-]
-DEFAULT_CONFIG = Path("configs/demo.yaml")
 _SHOWN_PROBLEMS = 20
 
 
@@ -126,23 +124,25 @@ def score(
 ) -> None:
     """Score completions line by line: question_id, completion, truth {grades, bbox}. Exit 1 when a line is bad."""
     from rewards.lines import score_lines, scored_record
-    from rl.errors import writing
+    from rl.errors import staged, writing
 
     if source.resolve() == target.resolve():
         raise typer.BadParameter("--in and --out are the same file")
     suite = _suite(config, overrides)
     console, scored, total, bad = Console(highlight=False, soft_wrap=True), 0, 0.0, 0
-    staging = target.with_name(f".{target.name}.tmp")
-    with source.open(encoding="utf-8") as lines, writing(target):
-        with staging.open("w", encoding="utf-8") as out:
-            for line in score_lines(suite, lines):
-                if line.row is None:
-                    bad += 1
-                    console.print(f"{source}, line {line.number}: {line.problem}", style="red", markup=False)
-                    continue
-                scored, total = scored + 1, total + line.row.total
-                out.write(json.dumps(scored_record(line)) + "\n")
-        staging.replace(target)
+    with (
+        source.open(encoding="utf-8") as lines,
+        writing(target),
+        staged(target) as staging,
+        staging.open("w", encoding="utf-8") as out,
+    ):
+        for line in score_lines(suite, lines):
+            if line.row is None:
+                bad += 1
+                console.print(f"{source}, line {line.number}: {line.problem}", style="red", markup=False)
+                continue
+            scored, total = scored + 1, total + line.row.total
+            out.write(json.dumps(scored_record(line)) + "\n")
     mean = f", mean reward {total / scored:.4f}" if scored else ""
     console.print(f"{scored} completions scored{mean}; {bad} bad lines; {target}", markup=False)
     if bad:
@@ -183,7 +183,7 @@ def replay(
     import polars as pl
 
     from rl.config_check import load_valid
-    from rl.errors import writing
+    from rl.errors import staged, writing
     from rl.replay import replay as run_again
 
     result = run_again(run, load_valid(config, overrides or [], needs_model=False))
@@ -207,10 +207,8 @@ def replay(
             f"mean rank correlation {agreement:.3f}"
         )
     if out is not None:
-        with writing(out):
-            staging = out.with_name(f".{out.name}.tmp")
+        with writing(out), staged(out) as staging:
             result.table.write_parquet(staging)
-            staging.replace(out)
         console.print(f"every completion: {out}", markup=False, soft_wrap=True)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+import rewards.registry as registry
 import rl  # noqa: F401
 
 # Started in the background by a shell, this process ignores Ctrl-C and so would every process it starts; tests of
@@ -22,6 +23,12 @@ ROOT = Path(__file__).parents[1]
 # A busy machine must not fail a law: tests that bound time measure CPU time themselves.
 settings.register_profile("busy-machine", deadline=None)
 settings.load_profile("busy-machine")
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewards that a test declares are gone after it."""
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
 
 
 @pytest.fixture(scope="session")

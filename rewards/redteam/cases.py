@@ -8,7 +8,7 @@ about which its true boxes scatter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,11 +46,18 @@ class Case:
         question = self.example.question
         grades = ", ".join(f'"{attribute.name}": {grade}' for attribute in question.attributes)
         scores = f'"MOAKS_scores": {{"{question.entity}": {{{grades}}}}}'
-        return f'{{"bbox": {box or self.middle()}, {scores}}}'
+        return f'{{"bbox": {box or self.middle.to_text()}, {scores}}}'
 
-    def middle(self) -> str:
+    def declared(self, grades: Mapping[str, int], box: Box3D | None, thought: str = THOUGHT) -> str:
+        """An answer in the declared format."""
+        return format_answer(
+            self.example.question, grades, box, thought if self.reasoning == "required" else None
+        )
+
+    @property
+    def middle(self) -> Box3D:
         """A box that needs no look at the image: the middle of the volume."""
-        return str([number for n in self.example.volume.shape for number in (3 * n // 8, 5 * n // 8 - 1)])
+        return Box3D(*(bound for n in self.example.volume.shape for bound in (3 * n // 8, 5 * n // 8)))
 
 
 def cases(mix: Mix, reasoning: Reasoning = "required", *, knees: int = 2, seed: int = 0) -> list[Case]:
@@ -74,7 +81,7 @@ def honest_answer(case: Case, accuracy: float, overlap: float, rng: np.random.Ge
     }
     thought = ", ".join(f"{name} is grade {grade}" for name, grade in grades.items())
     box = None if example.truth.bbox is None else shifted(example.truth.bbox, overlap)
-    return format_answer(example.question, grades, box, thought if case.reasoning == "required" else None)
+    return case.declared(grades, box, thought)
 
 
 def shifted(box: Box3D, overlap: float) -> Box3D:

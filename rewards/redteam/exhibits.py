@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from dataclasses import astuple
 
 from rewards.ontology import Question
 from rewards.registry import reward
@@ -30,7 +32,7 @@ def _volume(corners: list[int]) -> int:
     return (s1 - s0) * (x1 - x0) * (y1 - y0)
 
 
-def _overlap(a: list[int], b: list[int]) -> int:
+def _overlap(a: Sequence[int], b: Sequence[int]) -> int:
     sides = [max(0, min(a[i + 1], b[i + 1]) - max(a[i], b[i])) for i in (0, 2, 4)]
     return sides[0] * sides[1] * sides[2]
 
@@ -65,15 +67,7 @@ def box_recall(answer: Answer, truth: Truth) -> float | None:
         return None
     if answer.bbox is None:
         return 0.0
-    sides = [
-        max(0, min(a, b) - max(c, d))
-        for a, b, c, d in (
-            (answer.bbox.slice_max, truth.bbox.slice_max, answer.bbox.slice_min, truth.bbox.slice_min),
-            (answer.bbox.x_max, truth.bbox.x_max, answer.bbox.x_min, truth.bbox.x_min),
-            (answer.bbox.y_max, truth.bbox.y_max, answer.bbox.y_min, truth.bbox.y_min),
-        )
-    ]
-    return sides[0] * sides[1] * sides[2] / truth.bbox.volume
+    return _overlap(astuple(answer.bbox), astuple(truth.bbox)) / truth.bbox.volume
 
 
 @reward

@@ -9,8 +9,7 @@ import numpy as np
 
 from rewards.boxes import Box3D
 from rewards.ontology import Question
-from rewards.reading import format_answer
-from rewards.redteam.cases import THOUGHT, Case
+from rewards.redteam.cases import Case
 
 Prior = Callable[[Sequence[Case], Sequence[Case], np.random.Generator], list[str]]
 """From training cases, the cases to answer and a random generator to one completion for each case."""
@@ -24,7 +23,7 @@ def constant_zero(train: Sequence[Case], test: Sequence[Case], rng: np.random.Ge
 def train_majority(train: Sequence[Case], test: Sequence[Case], rng: np.random.Generator) -> list[str]:
     """The commonest training grade of each attribute, and the middle of the volume."""
     common = _majority(train)
-    return [_declared(case, common[case.example.question.question_id], _middle(case)) for case in test]
+    return [case.declared(common[case.example.question.question_id], case.middle) for case in test]
 
 
 def train_majority_and_mean_box(
@@ -33,7 +32,7 @@ def train_majority_and_mean_box(
     """The commonest training grade of each attribute, and the mean training box of each question."""
     common, boxes = _majority(train), _mean_boxes(train)
     ids = [case.example.question.question_id for case in test]
-    return [_declared(case, common[i], boxes[i]) for case, i in zip(test, ids, strict=True)]
+    return [case.declared(common[i], boxes[i]) for case, i in zip(test, ids, strict=True)]
 
 
 def random_grades_and_box(train: Sequence[Case], test: Sequence[Case], rng: np.random.Generator) -> list[str]:
@@ -42,7 +41,7 @@ def random_grades_and_box(train: Sequence[Case], test: Sequence[Case], rng: np.r
     for case in test:
         grades = {a.name: int(rng.choice(list(a.grades))) for a in case.example.question.attributes}
         low_high = [np.sort(rng.choice(n + 1, 2, replace=False)) for n in case.example.volume.shape]
-        completions.append(_declared(case, grades, Box3D(*(int(n) for pair in low_high for n in pair))))
+        completions.append(case.declared(grades, Box3D(*(int(n) for pair in low_high for n in pair))))
     return completions
 
 
@@ -52,7 +51,7 @@ def copy_of_the_previous_answer(
     """The true answer of another knee to the same question."""
     other = {case.example.question.question_id: case.example.truth for case in train}
     truths = [other[case.example.question.question_id] for case in test]
-    return [_declared(case, truth.grades, truth.bbox) for case, truth in zip(test, truths, strict=True)]
+    return [case.declared(truth.grades, truth.bbox) for case, truth in zip(test, truths, strict=True)]
 
 
 PRIORS: Mapping[str, Prior] = {
@@ -65,15 +64,6 @@ PRIORS: Mapping[str, Prior] = {
         copy_of_the_previous_answer,
     )
 }
-
-
-def _declared(case: Case, grades: Mapping[str, int], box: Box3D | None) -> str:
-    thought = THOUGHT if case.reasoning == "required" else None
-    return format_answer(case.example.question, grades, box, thought)
-
-
-def _middle(case: Case) -> Box3D:
-    return Box3D(*(bound for n in case.example.volume.shape for bound in (3 * n // 8, 5 * n // 8)))
 
 
 def _majority(train: Sequence[Case]) -> dict[int, dict[str, int]]:

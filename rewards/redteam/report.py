@@ -88,8 +88,9 @@ class _Cases:
     """The cases of one mix, and what completions earn on them."""
 
     def __init__(self, mix: Mix, suite: RewardSuite) -> None:
-        self.mix, self.suite = mix, suite
+        self.suite = suite
         self.cases = cases(mix, suite.reasoning)
+        self.train = cases(mix, suite.reasoning, knees=_TRAIN_KNEES, seed=1)
         rng = np.random.default_rng(4)
         self.beside = [honest_answer(case, *HONEST_BAR, rng) for case in self.cases]
 
@@ -109,8 +110,7 @@ class _Cases:
 
     def earned_by_prior(self, name: str) -> Earned:
         """What a prior earns that has seen other knees of the same mix."""
-        train = cases(self.mix, self.suite.reasoning, knees=_TRAIN_KNEES, seed=1)
-        return self.earned(PRIORS[name](train, self.cases, np.random.default_rng(3)))
+        return self.earned(PRIORS[name](self.train, self.cases, np.random.default_rng(3)))
 
 
 def _attack(exploit: Exploit, balanced: _Cases, bar: float) -> Finding:

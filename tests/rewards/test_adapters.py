@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-import rewards.registry as registry
 from rewards import Answer, Component, Example, RewardSuite, example_to_dict, format_answer, group_reward
 from rewards.adapters import easyr1_compute_score, openrlhf_reward_func, verl_compute_score
 
@@ -39,9 +38,8 @@ def test_verl_gets_a_score_and_the_components_that_apply(suite: RewardSuite, exa
     assert without_box == {"score": 0.0, "output_format": 0.0, "moaks_accuracy": 0.0}
 
 
-def test_verl_refuses_a_group_reward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
-
+@pytest.mark.usefixtures("own_registry")
+def test_verl_refuses_a_group_reward() -> None:
     @group_reward
     def rank(answers: Sequence[Answer]) -> list[float]:
         return [0.0] * len(answers)

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import rewards.registry as registry
 from rewards import QUESTIONS, Answer, Box3D, Component, RewardSuite, format_answer, group_reward
 from rewards.lines import score_lines, scored_record
 
@@ -76,9 +75,8 @@ def test_any_text_is_a_line_or_a_problem(text: str) -> None:
         assert (scored.row is None) == bool(scored.problem)
 
 
-def test_lines_in_a_row_with_one_example_id_are_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
-
+@pytest.mark.usefixtures("own_registry")
+def test_lines_in_a_row_with_one_example_id_are_a_group() -> None:
     @group_reward
     def share_of_group(answers: Sequence[Answer]) -> list[float]:
         return [1 / len(answers)] * len(answers)

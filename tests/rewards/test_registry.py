@@ -4,13 +4,9 @@ from pathlib import Path
 
 import pytest
 
-import rewards.registry as registry
 from rewards import Answer, find_reward, group_reward, registered, reward
 
-
-@pytest.fixture(autouse=True)
-def _leave_the_registry_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+pytestmark = pytest.mark.usefixtures("own_registry")
 
 
 def write(path: Path, text: str) -> Path:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import rewards.registry as registry
 from rewards import (
     Component,
     Example,
@@ -21,12 +20,8 @@ from rewards import (
     reward,
 )
 
+pytestmark = pytest.mark.usefixtures("own_registry")
 Make = Callable[..., Example]
-
-
-@pytest.fixture(autouse=True)
-def _leave_the_registry_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
 
 
 @pytest.fixture

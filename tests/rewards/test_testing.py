@@ -29,14 +29,10 @@ from rewards.testing import (
     assert_not_exploitable,
 )
 
+pytestmark = pytest.mark.usefixtures("own_registry")
 EXHIBITS = Path(registry.__file__).parent / "redteam" / "exhibits.py"
 SHIPPED = ("output_format", "moaks_accuracy", "box_iou", "box_giou", "box_iou_threshold", "box_size_validity")
 PENALTIES = ("rule_violations", "soft_overlong", "repetition")
-
-
-@pytest.fixture(autouse=True)
-def _leave_the_registry_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
 
 
 @pytest.mark.parametrize("name", [*SHIPPED, *PENALTIES, "answer_matches_reasoning"])

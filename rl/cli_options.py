@@ -1,0 +1,14 @@
+"""Arguments that many commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DEFAULT_CONFIG = Path("configs/demo.yaml")
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="key=value", help="Settings of the recipe to override, e.g. grpo.max_steps=100."),
+]
