@@ -1,6 +1,6 @@
 """Does GRPO beat SFT on held-out phantom patients? Three seeds, two control arms, every figure as it came out.
 
-    python benchmarks/evidence.py [--config configs/demo.yaml] [--seeds 0 1 2] [--out runs/evidence] [key=value ...]
+    python benchmarks/evidence.py [--config configs/demo.yaml] [--seeds 0,1,2] [--out runs/evidence] [key=value ...]
 
 One dataset and one embedding cache for all seeds. For each seed: SFT until validation stops improving, GRPO, SFT
 continued for GRPO's wall-clock, SFT on the best of G samples in the same wall-clock; then the benchmark for all arms
@@ -39,13 +39,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", default="0,1,2", metavar="0,1,2")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
     shared = [f"data.root={options.out}/data", f"embed.cache_dir={options.out}/cache", *options.overrides]
     runs = {}
-    for seed in options.seeds:
+    for seed in map(int, options.seeds.split(",")):
         config = load_config(options.config, [*shared, f"seed={seed}", f"run_dir={options.out}/seed-{seed}"])
         validate(config)
         runs[seed] = arms_of_seed(config)
