@@ -24,6 +24,8 @@ class ScoredGroup:
     example_index: int
     group: Group
     rows: list[RewardRow]
+    prior: float
+    """Total reward of the baseline's answer to the question, which does not look at the volume."""
     advantages_G: torch.Tensor
     """Of whole completions."""
     token_advantages: Sequence[torch.Tensor] = ()
@@ -55,6 +57,7 @@ def completion_records(step: int, scored: Sequence[ScoredGroup], task: Task) -> 
                     "tokens": len(rollout.token_ids),
                     "adapter_version": rollout.adapter_version,
                     "reward": row.total,
+                    "reward_above_prior": row.total - s.prior,
                     "advantage": float(s.advantages_G[sample]),
                     **{f"reward/{name}": score for name, score in row.components.items()},
                     "closed_gates": json.dumps(row.closed_gates),
@@ -81,7 +84,8 @@ def write_completions(path: Path, table: pl.DataFrame) -> None:
 
 
 def reward_metrics(table: pl.DataFrame) -> dict[str, float]:
-    """Means over a step: reward, each component where it applies, groups without signal, length, share cut off.
+    """Means over a step: reward, by how much it exceeds the prior's, each component where it applies, groups without
+    signal, length, share cut off.
 
     `reward_errors` is there only when there were any: the share of completions some component could not score.
     """

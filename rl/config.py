@@ -134,6 +134,19 @@ class EngineConfig:
 
 
 @dataclass
+class ParameterSchedule:
+    """A parameter of a reward that rises with performance (`rl.schedule`)."""
+
+    parameter: str = MISSING
+    """One of the component's `params`, which gives its first value."""
+    to: float = MISSING
+    """Its last value."""
+    by: float = MISSING
+    """How far it rises after a step in which the component's mean score was above `above`."""
+    above: float = MISSING
+
+
+@dataclass
 class RewardComponent:
     """One reward function in the suite."""
 
@@ -144,6 +157,8 @@ class RewardComponent:
     """Component that must score 1 for this one to count, e.g. `output_format`; empty for none."""
     params: dict[str, Any] = field(default_factory=dict)
     """Keyword-only parameters of the function."""
+    schedule: ParameterSchedule | None = None
+    """Raise one of the parameters as the policy gets better."""
 
 
 @dataclass
@@ -249,7 +264,8 @@ class GRPOConfig:
     max_tokens_per_microbatch: int = 16384
     """Token budget of one forward; a group is never split."""
     eval_steps: int = 0
-    """Evaluate on `eval_examples` validation examples every n steps; 0 for never."""
+    """Run the benchmark on `eval_examples` questions of the validation split before the first and after every n-th
+    step, and keep the best adapter by `compare.primary_endpoint`; 0: never, and the last adapter is kept."""
     eval_examples: int = 128
 
 

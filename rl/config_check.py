@@ -231,6 +231,18 @@ def _rewards(config: Config) -> Iterator[str]:
             RewardSuite.from_config(config.rewards)
         except (ValueError, FileNotFoundError) as error:
             yield f"rewards.components: {error}"
+    for component in config.rewards.components:
+        schedule = component.schedule
+        if schedule is None:
+            continue
+        place = f"rewards.components: the schedule of {component.name!r}"
+        first = component.params.get(schedule.parameter)
+        if not isinstance(first, (int, float)) or isinstance(first, bool):
+            yield f"{place} raises {schedule.parameter!r}: give its first value, a number, under params"
+        elif not (schedule.by > 0 and schedule.to > first):
+            yield f"{place} goes from {first} to {schedule.to} by {schedule.by}: it must rise"
+        if not 0 <= schedule.above < 1:
+            yield f"{place} has above = {schedule.above}: it is compared with a score, so it must be in [0, 1)"
 
 
 def _grpo(config: Config) -> Iterator[str]:

@@ -27,9 +27,9 @@ SFT_CONTINUED, BEST_OF_G = "SFT continued", "SFT on best of G"
 
 
 def grpo_seconds(config: Config) -> float:
-    """Wall-clock of the GRPO run's steps."""
+    """Wall-clock of the GRPO run's steps, validation left out (as in `sft.max_seconds`)."""
     lines = (Path(config.run_dir) / "grpo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return sum(json.loads(line)["seconds"] for line in lines)
+    return sum(json.loads(line).get("seconds", 0.0) for line in lines)
 
 
 def continue_sft(config: Config, seconds: float, stage: str = "sft-continued") -> Path:

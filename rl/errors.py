@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,3 +63,21 @@ def in_words(error: BaseException) -> str | None:
 
 def _named(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+
+
+@contextmanager
+def staged_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill instead of `folder`, which it replaces at the end; at every moment a complete one is on disk.
+
+    Raises:
+        WriteError: as `writing`; the former folder stays.
+    """
+    staging, replaced = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    for leftover in (staging, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with writing(folder):
+        yield staging
+        if folder.exists():
+            folder.rename(replaced)  # not deleted yet
+        staging.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)

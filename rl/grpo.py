@@ -18,20 +18,17 @@ Departures from the textbook:
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.nn.utils.rnn import pad_sequence
 
-from rewards.suite import RewardRow, RewardSuite
-from rl.advantages import group_advantages, normalized_sum
 from rl.completions import (
     ScoredGroup,
     completion_records,
@@ -40,12 +37,12 @@ from rl.completions import (
     write_completions,
 )
 from rl.config import Config, ConfigError
-from rl.credit import BEFORE, NOT_CREDITED, token_parts
 from rl.loss import LossInputs, LossSettings, StepTotals, grpo_loss
 from rl.model import disable_dropout, load_policy, reference_adapter, save_adapter, trainable
 from rl.packed import PackedBatch, pack
 from rl.probe import Agreement, measure_agreement, require_agreement, sampler_logps
-from rl.task import Task, reasoning_of
+from rl.scoring import Scorer
+from rl.task import Task
 from rl.training import (
     OnMetrics,
     RunFolder,
@@ -56,7 +53,9 @@ from rl.training import (
     make_optimizer,
     save_checkpoint,
     warmup_then_constant,
+    write_atomically,
 )
+from rl.validation import Best, Validation
 from rollouts.requests import group_seed
 from rollouts.types import Engine, Group, Sampling
 
@@ -102,9 +101,8 @@ class GRPOTrainer:
         self.run = RunFolder(config, "grpo") if accelerator.is_main_process else None
         self.folder = Path(config.run_dir) / "grpo"
         self.task = Task(config, "train")
-        self.val: Task | None = None
-        """The validation split, once it is needed."""
-        self.suite = RewardSuite.from_config(config.rewards, reasoning=reasoning_of(config))
+        self.scorer = Scorer(config, self.task)
+        self.validation = Validation(config) if self.settings.eval_steps else None
         self.sampler = self.task.sampler(config.seed, balance=self.settings.balance)
         checkpoint = last_checkpoint(self.folder / "checkpoints")
         sft_adapter = Path(self.settings.init_adapter or Path(config.run_dir) / "sft" / "adapter")
@@ -120,19 +118,24 @@ class GRPOTrainer:
             trainable(self.policy), self.settings.learning_rate, self.settings.weight_decay
         )
         self.schedule = warmup_then_constant(self.optimizer, self.settings.warmup_steps)
-        self.first_step = 0
-        if checkpoint:
-            self.first_step = int(load_optimizer(checkpoint, self.optimizer, self.schedule)["step"])
+        state = load_optimizer(checkpoint, self.optimizer, self.schedule) if checkpoint else {}
+        self.first_step = int(state.get("step", 0))
+        self.scorer.schedules.set(state.get("schedules", {}))
+        self.best = Best(self.folder / "best", config.compare.primary_endpoint, state.get("best", {}))
         if self.run:
             self.run.keep_metrics_until(self.first_step)
         self._publish()
+        if self.first_step == 0 and self.validation:
+            start = self._validate(self.validation, 0)
+            if self.run:
+                self.run.log({"step": 0, **start})
 
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step. Returns its record (on rank 0; empty elsewhere)."""
         watch = Stopwatch()
         groups = self._rollouts(step)
         watch.lap("seconds/rollout")
-        scored = self._score(groups)
+        scored = self.scorer.score(groups)
         watch.lap("seconds/reward")
         lr = float(self.schedule.get_last_lr()[0])
         sums, agreement = self._update(scored)
@@ -140,23 +143,28 @@ class GRPOTrainer:
         watch.lap("seconds/train")
         self._publish()
         watch.lap("seconds/sync")
-        done, validation = step + 1, {}
-        if self.settings.eval_steps and done % self.settings.eval_steps == 0:
-            validation = self._validate()
-            watch.lap("seconds/validation")
         record = self._record(step, scored, {**sums, "lr": lr}, agreement, watch)
+        self._move_schedules(record)
+        done = step + 1
+        last = done == self.settings.max_steps
+        if self.validation and (done % self.settings.eval_steps == 0 or last):
+            record |= self._validate(self.validation, done)
         if self.run:
-            record |= validation
             self.run.log(record)
-            if done % self.settings.save_steps == 0 or done == self.settings.max_steps:
-                save_checkpoint(
-                    self.folder / "checkpoints", done, self.policy, self.optimizer, self.schedule, {}
-                )
+            if done % self.settings.save_steps == 0 or last:
+                extra = {"best": self.best.state, "schedules": self.scorer.schedules.values}
+                checkpoints = self.folder / "checkpoints"
+                save_checkpoint(checkpoints, done, self.policy, self.optimizer, self.schedule, extra)
         return record
 
     def finish(self) -> Path:
-        """Close the logs. Returns the adapter folder."""
+        """Close the logs. Returns the adapter folder: the best adapter by validation, else the last."""
         if self.run:
+            if self.best.state:
+                self.best.restore(self.folder / "adapter")
+                write_atomically(
+                    self.folder / "summary.json", json.dumps({"best": self.best.state}, indent=2)
+                )
             self.run.close()
         self.accelerator.wait_for_everyone()
         return self.folder / "adapter"
@@ -171,58 +179,6 @@ class GRPOTrainer:
         sampling = Sampling(temperature=settings.temperature, max_tokens=settings.max_completion_length)
         groups = self.engine.generate(prompts, settings.num_generations, sampling, seeds) if prompts else []
         return list(zip(indices, groups, strict=True))
-
-    def _score(self, groups: list[tuple[int, Group]]) -> list[ScoredGroup]:
-        rows = [
-            self.suite.score_group(self.task.examples[i], [r.text for r in group.rollouts])
-            for i, group in groups
-        ]
-        return self._with_advantages(groups, rows)
-
-    def _with_advantages(
-        self, groups: list[tuple[int, Group]], rows: list[list[RewardRow]]
-    ) -> list[ScoredGroup]:
-        """Advantages of completions, and of their tokens where those answer for different rewards."""
-        parts = NOT_CREDITED if self.settings.credit == "part" else NOT_CREDITED[: BEFORE + 1]
-        by_part = [
-            self._advantages(rows, [n for n in self.suite.names if self.suite.about(n) != not_credited])
-            for not_credited in parts
-        ]
-        scored = [
-            ScoredGroup(i, group, group_rows, advantages_G)
-            for (i, group), group_rows, advantages_G in zip(groups, rows, by_part[BEFORE], strict=True)
-        ]
-        if len(parts) == 1:
-            return scored
-        advantages_B_G_P = torch.stack(by_part, dim=-1)
-        decode = cache(self.task.tokenizer.decode)
-        return [
-            replace(
-                s,
-                token_advantages=[
-                    advantages_P[token_parts([decode(token) for token in rollout.token_ids])]
-                    for rollout, advantages_P in zip(s.group.rollouts, advantages_G_P, strict=True)
-                ],
-            )
-            for s, advantages_G_P in zip(scored, advantages_B_G_P, strict=True)
-        ]
-
-    def _advantages(self, rows: list[list[RewardRow]], names: Sequence[str]) -> torch.Tensor:
-        """advantages_B_G by the components `names`. Every rank takes part, also one without rows."""
-        rewards_B_G = self._rewards(rows, names)
-        everywhere = torch.tensor(gather_object(rewards_B_G.tolist()))
-        return group_advantages(rewards_B_G, self.settings.scale_rewards, everywhere) if rows else rewards_B_G
-
-    def _rewards(self, rows: list[list[RewardRow]], names: Sequence[str]) -> torch.Tensor:
-        """rewards_B_G: what advantages are made from."""
-        if not rows:
-            return torch.empty(0)
-        scores = [[[row.components[name] for name in names] for row in group] for group in rows]
-        weights = [[group[0].weights.get(name, 0.0) for name in names] for group in rows]
-        scores_B_G_K = torch.from_numpy(np.array(scores, np.float32))  # None becomes NaN
-        if self.settings.multi_objective_aggregation == "normalize_then_sum":
-            return normalized_sum(scores_B_G_K, torch.tensor(weights))
-        return (scores_B_G_K.nan_to_num(0.0) * torch.tensor(weights)[:, None]).sum(dim=-1)
 
     def _update(self, scored: list[ScoredGroup]) -> tuple[dict[str, float], Agreement]:
         """All optimizer passes over the step's rollouts. Returns metric sums over this rank's tokens."""
@@ -319,24 +275,21 @@ class GRPOTrainer:
         local = torch.tensor([len(rollouts), tokens, batches], device=self.accelerator.device)
         return StepTotals(*self.accelerator.reduce(local, reduction="sum").tolist())
 
-    def _validate(self) -> dict[str, float]:
-        """Mean rewards of greedy answers to `eval_examples` questions, spread evenly over the validation split."""
-        settings, rank = self.settings, self.accelerator.process_index
-        val = self.val or Task(self.config, "val")
-        self.val = val
-        stride = max(1, len(val.examples) // settings.eval_examples)
-        chosen = list(range(0, len(val.examples), stride))[: settings.eval_examples]
-        indices = chosen[rank :: self.accelerator.num_processes]
-        prompts = [val.prompt(i, settings.max_completion_length) for i in indices]
-        greedy = Sampling(temperature=0.0, max_tokens=settings.max_completion_length)
-        groups = self.engine.generate(prompts, 1, greedy, [0] * len(prompts)) if prompts else []
-        scored = [
-            ScoredGroup(i, g, self.suite.score_group(val.examples[i], [g.rollouts[0].text]), torch.zeros(1))
-            for i, g in zip(indices, groups, strict=True)
-        ]
-        table = completion_table(gather_object(completion_records(0, scored, val)), self.suite.names)
-        means = reward_metrics(table)
-        return {f"validation/{name}": value for name, value in means.items() if name.startswith("reward")}
+    def _move_schedules(self, record: dict[str, float]) -> None:
+        """Raise what the step's scores raise, on every rank."""
+        if self.scorer.schedules.values:
+            values = [self.scorer.schedules.after_step(record)]  # rank 0 alone has the record
+            broadcast_object_list(values)
+            self.scorer.schedules.set(values[0])
+
+    def _validate(self, validation: Validation, step: int) -> dict[str, float]:
+        """The benchmark's measures on the validation questions (rank 0); the adapter is kept if it is the best."""
+        started = time.perf_counter()
+        measures = validation.run(self.engine, self.accelerator)
+        if not self.run:
+            return {}
+        self.best.offer(step, measures, self.folder / "adapter")
+        return {**measures, "seconds/validation": time.perf_counter() - started}
 
     def _publish(self) -> None:
         """Give the engine the new adapter; no rank goes on before the engine answers with it."""
@@ -358,9 +311,10 @@ class GRPOTrainer:
         all_sums: list[dict[str, float]] = gather_object([sums])
         if not self.accelerator.is_main_process:
             return {}
-        table = completion_table(records, self.suite.names)
+        table = completion_table(records, self.scorer.suite.names)
         write_completions(self.folder / "completions" / f"step-{step + 1:06d}.parquet", table)
         record: dict[str, float] = {"step": step + 1, "time": time.time(), **reward_metrics(table)}
+        record |= {f"schedule/{name}": value for name, value in self.scorer.schedules.values.items()}
         record["loss"] = sum(s["loss"] for s in all_sums)
         record |= {"grad_norm": sums["grad_norm"], "lr": sums["lr"]}
         tokens = max(1.0, sum(s["tokens"] for s in all_sums))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
@@ -16,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForCo
 
 from rl.config import Config, ConfigError
 from rl.environment import pick_device, pick_dtype
-from rl.errors import writing
+from rl.errors import staged_folder
 from rl.packed import PackedPolicy
 from rollouts.adapters import check_adapter, linear_shapes
 
@@ -89,15 +88,8 @@ def save_adapter(policy: PackedPolicy, folder: Path) -> None:
     Raises:
         WriteError: the disk is full, say; the former adapter stays.
     """
-    staging, replaced = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
-    for leftover in (staging, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    with writing(folder):
+    with staged_folder(folder) as staging:
         policy.model.save_pretrained(staging, selected_adapters=["default"], safe_serialization=True)
-        if folder.exists():
-            folder.rename(replaced)  # not deleted yet: at every moment a complete adapter is on disk
-        staging.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def disable_dropout(policy: nn.Module) -> None:

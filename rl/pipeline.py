@@ -131,7 +131,8 @@ def show_grpo(record: dict[str, float], progress: StageProgress) -> None:
     """A step's rewards on the bar."""
     names = [name for name in record if name.startswith("reward/")]
     rewards = [f"{name.removeprefix('reward/')} {record[name]:.3f}" for name in names]
-    note = "  ".join([f"reward {record['reward']:.3f}", *rewards])
+    above = f"reward {record['reward']:.3f} ({record['reward_above_prior']:+.3f} to the prior)"
+    note = "  ".join([above, *rewards])
     progress.update(int(record["step"]), int(record["steps"]), note)
 
 

@@ -21,7 +21,7 @@ from rl.data.layout import Split, read_split, split_file
 WITHOUT_EFFECT = frozenset(
     {
         *("data.root", "embed.cache_dir", "phantom.out_dir", "model.device", "model.gradient_checkpointing"),
-        *("grpo.save_steps", "grpo.max_tokens_per_microbatch", "grpo.eval_steps", "grpo.eval_examples"),
+        *("grpo.save_steps", "grpo.max_tokens_per_microbatch"),
         *("grpo.probe_tolerance", "grpo.probe_tolerance_bf16"),
     }
 )

@@ -224,7 +224,11 @@ def _sft_inputs(config: Config) -> Inputs:
 def _grpo_inputs(config: Config) -> Inputs:
     files = inputs.dataset(config, ("train",)) | inputs.model_files(config) | inputs.reward_files(config)
     files |= inputs.adapter_files(sft_adapter(config), "the SFT adapter")
-    return Inputs(inputs.settings(config, *_TASK, "grpo", "rewards", "engine.kind"), files)
+    chosen = inputs.settings(config, *_TASK, "grpo", "rewards", "engine.kind")
+    if config.grpo.eval_steps:  # the validation split decides which adapter is kept
+        files |= inputs.dataset(config, ("train", "val"))
+        chosen |= inputs.settings(config, "compare.primary_endpoint", "eval.max_completion_length")
+    return Inputs(chosen, files)
 
 
 def eval_inputs(config: Config, adapters: Mapping[str, Path]) -> Inputs:

@@ -5,6 +5,8 @@ from rewards.functions.box_giou import box_giou
 from rewards.functions.box_iou import box_iou
 from rewards.functions.box_iou_threshold import box_iou_threshold
 from rewards.functions.box_size_validity import box_size_validity
+from rewards.functions.difficulty_calibrated_accuracy import difficulty_calibrated_accuracy
+from rewards.functions.length_calibrated_accuracy import length_calibrated_accuracy
 from rewards.functions.moaks_accuracy import moaks_accuracy
 from rewards.functions.output_format import output_format
 from rewards.functions.repetition import repetition
@@ -17,6 +19,8 @@ __all__ = [
     "box_iou",
     "box_iou_threshold",
     "box_size_validity",
+    "difficulty_calibrated_accuracy",
+    "length_calibrated_accuracy",
     "moaks_accuracy",
     "output_format",
     "repetition",

@@ -77,9 +77,13 @@ def fit_baselines(train: Sequence[Example]) -> Baselines:
 def baseline_rows(
     baselines: Baselines, examples: Sequence[Example], reader: ReaderMode, reasoning: Reasoning
 ) -> Iterator[AnswerRow]:
-    """The baselines' answers: majority grades with the mean box, in the declared format."""
-    thought = REASONING_TEXT if reasoning == "required" else None
+    """The baselines' answers as the rows of a run."""
     for example in examples:
-        box = baselines.box(example.question.region, example.side, example.volume.shape)
-        completion = format_answer(example.question, baselines.grades(example.question), box, thought)
-        yield answer_row(example, completion, "baseline", reader)
+        yield answer_row(example, baseline_completion(baselines, example, reasoning), "baseline", reader)
+
+
+def baseline_completion(baselines: Baselines, example: Example, reasoning: Reasoning) -> str:
+    """Majority grades with the mean box, in the declared format."""
+    box = baselines.box(example.question.region, example.side, example.volume.shape)
+    thought = REASONING_TEXT if reasoning == "required" else None
+    return format_answer(example.question, baselines.grades(example.question), box, thought)

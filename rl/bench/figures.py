@@ -36,6 +36,9 @@ _STYLE = {
 
 KEY_CURVES: Mapping[str, str] = {
     "reward": "Reward (weighted total)",
+    "reward_above_prior": "Reward above the prior",
+    "validation/balanced_accuracy": "Validation: balanced accuracy",
+    "validation/iou": "Validation: mean IoU",
     "kl": "KL to the SFT policy",
     "entropy": "Entropy (nats per token)",
     "completion_length": "Completion length (tokens)",

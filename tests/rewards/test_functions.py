@@ -17,7 +17,9 @@ from rewards import (
     box_iou,
     box_iou_threshold,
     box_size_validity,
+    difficulty_calibrated_accuracy,
     format_answer,
+    length_calibrated_accuracy,
     moaks_accuracy,
     output_format,
     read_answer,
@@ -52,6 +54,40 @@ def test_accuracy_is_the_share_of_graded_attributes_answered_exactly() -> None:
     assert moaks_accuracy(Answer({"a": 2, "b": 0, "c": 0}), truth, QUESTIONS[1]) == pytest.approx(2 / 3)
     assert moaks_accuracy(Answer({"a": 2}), truth, QUESTIONS[1]) == pytest.approx(1 / 3)
     assert moaks_accuracy(Answer(), truth, QUESTIONS[1]) == 0.0
+
+
+def test_what_the_group_finds_hard_counts_more() -> None:
+    truth = Truth({"easy": 1, "hard": 2}, None)
+    easy, hard, both, neither = ({"easy": 1}, {"hard": 2}, {"easy": 1, "hard": 2}, {})
+    group = [Answer(grades) for grades in (easy, easy, both, hard, neither, easy)]
+    # wrong answers plus one: 3 for the easy attribute, 5 for the hard one
+    expected = [3 / 8, 3 / 8, 1, 5 / 8, 0, 3 / 8]
+    assert difficulty_calibrated_accuracy(group, truth) == pytest.approx(expected)
+    assert difficulty_calibrated_accuracy(group[2:3] * 3, truth) == [1, 1, 1]
+    assert difficulty_calibrated_accuracy(group, Truth({}, BOX)) is None
+
+
+def test_of_two_right_answers_the_shorter_counts_more_and_a_wrong_one_gains_nothing() -> None:
+    truth = Truth({"a": 1, "b": 2}, None)
+    right, half, wrong = Answer({"a": 1, "b": 2}), Answer({"a": 1}), Answer({})
+    group, texts = [right, right, right, half, wrong], ["x" * n for n in (30, 20, 10, 10, 10)]
+    assert length_calibrated_accuracy(group, texts, truth) == pytest.approx([0.75, 0.875, 1, 0.5, 0])
+    assert length_calibrated_accuracy([right, right], ["x", "y"], truth) == [1, 1]
+    assert length_calibrated_accuracy(group, texts, Truth({}, BOX)) is None
+    with pytest.raises(ValueError, match=r"discount must be in \[0, 1\), got 1"):
+        length_calibrated_accuracy(group, texts, truth, discount=1)
+
+
+@pytest.mark.parametrize("question_id", QUESTIONS)
+def test_no_short_answer_beats_a_long_one_with_more_right_grades(question_id: int) -> None:
+    names = [attribute.name for attribute in QUESTIONS[question_id].attributes]
+    truth = Truth(dict.fromkeys(names, 1), None)
+    answers = [Answer(dict.fromkeys(names[:n], 1)) for n in range(len(names) + 1)]
+    texts = ["x" * (1 + n * n) for n in range(len(answers))]
+    for fewer, more in zip(range(len(names)), range(1, len(names) + 1), strict=True):
+        pair = length_calibrated_accuracy(answers[fewer : more + 1], texts[fewer : more + 1], truth)
+        assert pair is not None
+        assert pair[0] < pair[1]
 
 
 def test_a_near_miss_earns_no_more_than_a_far_one() -> None:

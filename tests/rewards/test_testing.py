@@ -32,10 +32,11 @@ from rewards.testing import (
 pytestmark = pytest.mark.usefixtures("own_registry")
 EXHIBITS = Path(registry.__file__).parent / "redteam" / "exhibits.py"
 SHIPPED = ("output_format", "moaks_accuracy", "box_iou", "box_giou", "box_iou_threshold", "box_size_validity")
+GROUP = ("difficulty_calibrated_accuracy", "length_calibrated_accuracy")
 PENALTIES = ("rule_violations", "soft_overlong", "repetition")
 
 
-@pytest.mark.parametrize("name", [*SHIPPED, *PENALTIES, "answer_matches_reasoning"])
+@pytest.mark.parametrize("name", [*SHIPPED, *GROUP, *PENALTIES, "answer_matches_reasoning"])
 def test_shipped_rewards_pay_the_true_answer_in_full_and_keep_the_contract(name: str) -> None:
     assert_gold_scores_full(name)
     assert_bounded(name)
@@ -46,6 +47,8 @@ def test_shipped_rewards_pay_the_true_answer_in_full_and_keep_the_contract(name:
 def test_better_answers_earn_more() -> None:
     assert_monotone("moaks_accuracy", "accuracy")
     assert_monotone("moaks_accuracy", "accuracy", ordinal_credit=True)
+    assert_monotone("difficulty_calibrated_accuracy", "accuracy")
+    assert_monotone("length_calibrated_accuracy", "accuracy")
     assert_monotone(box_iou, "iou")
     assert_monotone("box_giou", "iou")
     assert_monotone("box_iou_threshold", "iou", threshold=0.5)

@@ -29,9 +29,10 @@ REWARD = '''
 from rewards import reward
 
 @reward
-def variety(completion: str) -> float:
-    """A score that random text earns too: from the number of different characters."""
-    return len(set(completion)) % 5 / 4
+def variety(completion: str, *, bar: float = 0.0) -> float:
+    """A score that random text earns too: from the number of different characters, 0 below the bar."""
+    score = len(set(completion)) % 5 / 4
+    return score if score >= bar else 0.0
 '''
 
 

@@ -102,6 +102,12 @@ def test_the_resolved_config_reads_back_as_it_was_written(tmp_path: Path) -> Non
     assert load_config(tmp_path / "config.yaml") == config
 
 
+THRESHOLD = (
+    "rewards.components=[{name: box_iou_threshold, params: %s, "
+    "schedule: {parameter: threshold, to: 0.8, by: 0.1, above: 0.5}}]"
+)
+
+
 @pytest.mark.parametrize("field", CHOICES)
 def test_a_value_outside_a_choice_names_the_allowed_ones(field: str) -> None:
     with pytest.raises(ConfigError) as error:
@@ -134,6 +140,8 @@ def test_a_value_outside_a_choice_names_the_allowed_ones(field: str) -> None:
         (["rewards.components=[{name: 'absent.py:f'}]"], r"absent\.py"),
         (["rewards.components=[{name: box_iou, weight: -1}]"], "no positive weight"),
         (["rewards.components=[]"], "no positive weight"),
+        ([THRESHOLD % "{threshold: 0.9}"], "'box_iou_threshold' goes from 0.9 to 0.8 by 0.1: it must rise"),
+        ([THRESHOLD % "{}"], "raises 'threshold': give its first value, a number, under params"),
         (["compare.primary_endpoint=auc"], "compare.primary_endpoint is 'auc': use one of accuracy"),
         (["data.question_ids=[0,1,70]"], r"\[0, 70\].* 1 to 69"),
         (["data.question_ids=[3,3]"], "twice"),

@@ -20,6 +20,12 @@ RUNS = {
     "whole": ["grpo.volumes_per_step=3", "grpo.loss_type=grpo", "grpo.scale_rewards=batch"],
     "bnpo": ["grpo.volumes_per_step=3", "grpo.loss_type=bnpo", "grpo.max_tokens_per_microbatch=1"],
     "kl": ["grpo.volumes_per_step=3", "grpo.loss_type=dr_grpo", "grpo.beta=0.1", "grpo.num_iterations=2"],
+    # a reward's bar rises on both ranks, and both answer validation questions
+    "watched": [
+        *("grpo.volumes_per_step=3", "grpo.eval_steps=1", "grpo.eval_examples=3"),
+        "rewards.components=[{name: 'WORKSHOP/variety.py:variety', params: {bar: 0}, "
+        "schedule: {parameter: bar, to: 0.5, by: 0.5, above: 0.01}}]",
+    ],
     # rank 1 has no volume at all
     "idle": ["grpo.volumes_per_step=1", "grpo.mask_truncated_completions=true"],
 }
@@ -46,7 +52,7 @@ def outcome(folder: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]
 @pytest.fixture(scope="module")
 def folder(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    (folder / "runs.json").write_text(json.dumps(RUNS))
+    (folder / "runs.json").write_text(json.dumps(RUNS).replace("WORKSHOP", str(workshop)))
     for ranks in (1, 2):
         run_ranks(ranks, workshop / "recipe.yaml", folder)
     return folder
@@ -56,12 +62,12 @@ def folder(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("run", RUNS)
 def test_two_ranks_make_the_step_of_one(folder: Path, run: str) -> None:
     (one, one_adapter), (two, two_adapter) = (outcome(folder / f"{run}-{ranks}") for ranks in (1, 2))
-    assert len(one) == len(two) == 2
+    assert len(one) == len(two) == (3 if run == "watched" else 2)  # step 0 is the validation of the start
     for expected, got in zip(one, two, strict=True):
         assert got.keys() == expected.keys()
         for name in got.keys() - {"time", "agreement/max"}:
             if not name.startswith("seconds"):
                 assert got[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
-        assert got["grad_norm"] > 0
+        assert expected["step"] == 0 or got["grad_norm"] > 0
     for name, tensor in one_adapter.items():
         torch.testing.assert_close(two_adapter[name], tensor, rtol=1e-3, atol=1e-4)

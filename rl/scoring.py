@@ -1,0 +1,95 @@
+"""From rollouts to advantages: rewards per component, what they are compared with, what each token answers for.
+
+Beside the group's mean, the usual yardstick, stands the *prior*: what the same questions pay for the commonest
+training grade and the mean training box, an answer that never looks at the volume. A reward that rises to the prior
+has learned the prior.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+
+from rewards.suite import RewardRow, RewardSuite
+from rl.advantages import group_advantages, normalized_sum
+from rl.bench.baselines import baseline_completion, fit_baselines
+from rl.completions import ScoredGroup
+from rl.config import Config
+from rl.credit import BEFORE, NOT_CREDITED, token_parts
+from rl.schedule import RewardSchedules
+from rl.task import Task, reasoning_of
+from rollouts.types import Group
+
+
+class Scorer:
+    """The reward suite of a run at work on its training questions."""
+
+    def __init__(self, config: Config, task: Task) -> None:
+        self.settings, self.task = config.grpo, task
+        self.reasoning = reasoning_of(config)
+        self.suite = RewardSuite.from_config(config.rewards, reasoning=self.reasoning)
+        self.schedules = RewardSchedules(config.rewards, self.suite)
+        self.baselines = fit_baselines(task.examples)
+
+    def score(self, groups: Sequence[tuple[int, Group]]) -> list[ScoredGroup]:
+        """Score this rank's groups, each with the index of its example. Every rank takes part, also one without."""
+        rows = [
+            self.suite.score_group(self.task.examples[i], [r.text for r in group.rollouts])
+            for i, group in groups
+        ]
+        return self.with_advantages(groups, rows)
+
+    def with_advantages(
+        self, groups: Sequence[tuple[int, Group]], rows: Sequence[list[RewardRow]]
+    ) -> list[ScoredGroup]:
+        """Advantages of completions, and of their tokens where those answer for different rewards."""
+        parts = NOT_CREDITED if self.settings.credit == "part" else NOT_CREDITED[: BEFORE + 1]
+        by_part = [
+            self._advantages(rows, [n for n in self.suite.names if self.suite.about(n) != not_credited])
+            for not_credited in parts
+        ]
+        scored = [
+            ScoredGroup(i, group, group_rows, self.prior(i), advantages_G)
+            for (i, group), group_rows, advantages_G in zip(groups, rows, by_part[BEFORE], strict=True)
+        ]
+        if len(parts) == 1:
+            return scored
+        advantages_B_G_P = torch.stack(by_part, dim=-1)
+        decode = cache(self.task.tokenizer.decode)
+        return [
+            replace(
+                s,
+                token_advantages=[
+                    advantages_P[token_parts([decode(token) for token in rollout.token_ids])]
+                    for rollout, advantages_P in zip(s.group.rollouts, advantages_G_P, strict=True)
+                ],
+            )
+            for s, advantages_G_P in zip(scored, advantages_B_G_P, strict=True)
+        ]
+
+    def prior(self, index: int) -> float:
+        """Total reward of the baseline's answer to a training question."""
+        example = self.task.examples[index]
+        return self.suite.score(example, baseline_completion(self.baselines, example, self.reasoning)).total
+
+    def _advantages(self, rows: Sequence[list[RewardRow]], names: Sequence[str]) -> torch.Tensor:
+        """advantages_B_G by the components `names`."""
+        rewards_B_G = self._rewards(rows, names)
+        everywhere = torch.tensor(gather_object(rewards_B_G.tolist()))
+        return group_advantages(rewards_B_G, self.settings.scale_rewards, everywhere) if rows else rewards_B_G
+
+    def _rewards(self, rows: Sequence[list[RewardRow]], names: Sequence[str]) -> torch.Tensor:
+        """rewards_B_G: what advantages are made from."""
+        if not rows:
+            return torch.empty(0)
+        scores = [[[row.components[name] for name in names] for row in group] for group in rows]
+        weights = [[group[0].weights.get(name, 0.0) for name in names] for group in rows]
+        scores_B_G_K = torch.from_numpy(np.array(scores, np.float32))  # None becomes NaN
+        if self.settings.multi_objective_aggregation == "normalize_then_sum":
+            return normalized_sum(scores_B_G_K, torch.tensor(weights))
+        return (scores_B_G_K.nan_to_num(0.0) * torch.tensor(weights)[:, None]).sum(dim=-1)

@@ -1,0 +1,107 @@
+"""The benchmark on a fixed part of the validation split while GRPO trains, and the best adapter by it.
+
+Greedy answers to the same questions every time, graded by the evaluator of the final benchmark: the training reward
+says whether GRPO optimises, this says whether the model gets better on patients it does not train on.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from rl.bench.answers import answer_row, make_run
+from rl.bench.endpoints import OVERALL
+from rl.bench.metrics import grade_run, tables
+from rl.config import Config, ConfigError
+from rl.errors import staged_folder
+from rl.evaluate import run_meta
+from rl.task import Task, reader_of
+from rollouts.types import Engine, Sampling
+
+MEASURES = ("balanced_accuracy", "accuracy", "iou", "strict")
+"""Logged as `validation/<measure>`, beside the primary endpoint where it is another."""
+
+
+class Validation:
+    """`grpo.eval_examples` questions, spread evenly over the validation split.
+
+    Raises:
+        ConfigError: the validation file holds no questions.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = replace(config, eval=replace(config.eval, split="val"))
+        self.task = Task(config, "val")
+        count = len(self.task.examples)
+        if not count:
+            raise ConfigError("the validation file has no question to validate on; check data.val_file")
+        stride = max(1, count // config.grpo.eval_examples)
+        self.chosen = list(range(0, count, stride))[: config.grpo.eval_examples]
+        self.endpoints = tuple(dict.fromkeys([*MEASURES, config.compare.primary_endpoint]))
+
+    def run(self, engine: Engine, accelerator: Accelerator) -> dict[str, float]:
+        """`validation/<measure>` over all questions, each rank asking its share; empty on ranks other than 0."""
+        indices = self.chosen[accelerator.process_index :: accelerator.num_processes]
+        tokens = self.config.eval.max_completion_length
+        prompts = [self.task.prompt(i, tokens) for i in indices]
+        greedy = Sampling(temperature=0.0, max_tokens=tokens)
+        groups = engine.generate(prompts, 1, greedy, [0] * len(prompts)) if prompts else []
+        rows = [
+            answer_row(self.task.examples[i], rollout.text, rollout.finish_reason, reader_of(self.config))
+            for i, group in zip(indices, groups, strict=True)
+            for rollout in group.rollouts
+        ]
+        everywhere = gather_object(rows)
+        if not accelerator.is_main_process:
+            return {}
+        meta = run_meta(self.config, "validation", self.config.model.path, None, self.task.examples)
+        values = tables(grade_run(make_run(everywhere, meta))).values
+        found = {}
+        for endpoint in self.endpoints:
+            measure, _, column = endpoint.partition("/")
+            value = values[measure][column or OVERALL].value
+            if value is not None:
+                found[f"validation/{endpoint}"] = value
+        return found
+
+
+class Best:
+    """The best adapter so far by the primary endpoint, a copy of it in `folder`.
+
+    Args:
+        state: `step` and `value` of the run that is continued; empty for a new one.
+    """
+
+    def __init__(self, folder: Path, endpoint: str, state: dict[str, float]) -> None:
+        self.folder, self.metric = folder, f"validation/{endpoint}"
+        self.state = state
+        """`step` and `value` of the best; empty before the first validation."""
+
+    def offer(self, step: int, validation: dict[str, float], adapter: Path) -> None:
+        """Keep a copy of `adapter` if it is the first or better than all before; the earlier of equals stays.
+
+        Raises:
+            ConfigError: the endpoint has no value on these questions.
+        """
+        if self.metric not in validation:
+            raise ConfigError(
+                f"compare.primary_endpoint: {self.metric} has no value on the questions of the validation split; "
+                "choose another endpoint, raise grpo.eval_examples or set grpo.eval_steps to 0"
+            )
+        value = validation[self.metric]
+        if not self.state or value > self.state["value"]:
+            _copy(adapter, self.folder)
+            self.state = {"step": step, "value": value}
+
+    def restore(self, adapter: Path) -> None:
+        """Make the best adapter the one in `adapter`."""
+        _copy(self.folder, adapter)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with staged_folder(target) as staging:
+        shutil.copytree(source, staging)
