@@ -240,8 +240,8 @@ class GRPOConfig:
     """How components become advantages: sum_then_normalize | normalize_then_sum (each within its group first, so that
     the one that varies most does not drown the others: GDPO, arXiv 2601.05242; wants scale_rewards: batch)."""
     credit: str = "completion"
-    """Which tokens answer for a reward: completion (all of them) | part (the box's text for the box, not for grades;
-    what follows it for grades, not for the box)."""
+    """Which tokens answer for a reward: completion (all of them) | part (the box's text for the box and not for grades,
+    the text of each grade for that grade alone: `rl.credit`)."""
     num_iterations: int = 1
     """Optimizer passes over one batch of rollouts."""
     temperature: float = 1.0

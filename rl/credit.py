@@ -1,38 +1,58 @@
 """Which tokens of a completion answer for which reward.
 
-A group-relative advantage usually goes to every token of a completion, so the six numbers of a box are also praised
-and blamed for the grades, and most of what moves them is noise. With `grpo.credit: part` the text of the box is its
-own part:
+A group-relative advantage usually goes to every token of a completion: the six numbers of a box are praised and blamed
+for the grades, the grade of one attribute for that of the next, and most of what moves each of them is noise. With
+`grpo.credit: part` the text of the box and the text of each grade answer for themselves:
 
-    <think> ... </think><answer>{"bbox": [2, 5, 10, 29, 20, 49], "MOAKS_scores": {...}}</answer>
-    |--------- BEFORE -----------|------------ BOX ------------|---------- AFTER ---------|
+    <think>...</think><answer>{"bbox": [2, 5, 10, 29, 20, 49], "MOAKS_scores": {"x": {"Size": 2, "Depth": 1}}}</answer>
+                               ------------ BOX -------------                         - SIZE -   - DEPTH -
 
-BEFORE is credited with all rewards; BOX with all but those about grades; AFTER with all but those about the box, which
-it comes too late to change. What is neglected is the influence of the box's own text on the grades. A reward says what
-it is about where it is declared (`@reward(about="bbox")`).
+BOX is credited with all rewards but those about grades; the text of an attribute with all but those about the box,
+scored as if no other attribute had been graded; the rest with everything. What is neglected is the
+influence of one part's text on the next part. A reward says what it is about where it is declared
+(`@reward(about="bbox")`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
-BEFORE, BOX, AFTER = range(3)
-NOT_CREDITED = ("", "grades", "bbox")
-"""For each part, what the rewards are about that it does not answer for."""
+from rewards.ontology import QUESTIONS
+from rewards.types import Example, Truth
+
+REST, BOX, FIRST_ATTRIBUTE = range(3)
+"""Parts of a completion; the question's attribute j is part `FIRST_ATTRIBUTE + j`."""
+MAX_ATTRIBUTES = max(len(question.attributes) for question in QUESTIONS.values())
 
 _BOX_TEXT = re.compile(r'"bbox"\s{0,9}:\s{0,9}\[[^\]]{0,200}\]')
+_GRADE_TEXT = r'"\s{0,9}:\s{0,9}[^\s,{}\[\]]{1,20}'
 
 
-def token_parts(token_texts: Sequence[str]) -> list[int]:
-    """The part of each token; all BEFORE in a completion whose answer has no box that can be found."""
+def token_parts(token_texts: Sequence[str], attributes: Sequence[str]) -> list[int]:
+    """The part of each token.
+
+    Args:
+        token_texts: the tokens, decoded one by one.
+        attributes: names of the question's attributes, in order. What is not found in the answer is part of the rest.
+    """
     text = "".join(token_texts)
-    found = _BOX_TEXT.search(text, max(text.rfind("<answer>"), 0))
+    answer = max(text.rfind("<answer>"), 0)
+    patterns = [_BOX_TEXT, *(re.compile('"' + re.escape(name) + _GRADE_TEXT) for name in attributes)]
+    found = [(part, pattern.search(text, answer)) for part, pattern in enumerate(patterns, start=BOX)]
+    spans = [(part, match.start(), match.end()) for part, match in found if match]
     parts, end = [], 0
     for token in token_texts:
         start, end = end, end + len(token)
-        if found is None or end <= found.start():
-            parts.append(BEFORE)
-        else:
-            parts.append(BOX if start < found.end() else AFTER)
+        parts.append(next((part for part, first, last in spans if start < last and end > first), REST))
     return parts
+
+
+def graded_alone(example: Example, attribute: int) -> Example:
+    """The example as if one attribute were the only graded one; unchanged when that attribute has no true grade."""
+    attributes = example.question.attributes
+    name = attributes[attribute].name if attribute < len(attributes) else ""
+    if name not in example.truth.grades:
+        return example
+    return replace(example, truth=Truth({name: example.truth.grades[name]}, example.truth.bbox))

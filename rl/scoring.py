@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
+from rewards.registry import About
 from rewards.suite import RewardRow, RewardSuite
+from rewards.types import Example
 from rl.advantages import group_advantages, normalized_sum
 from rl.bench.baselines import baseline_completion, fit_baselines
 from rl.completions import ScoredGroup
 from rl.config import Config
-from rl.credit import BEFORE, NOT_CREDITED, token_parts
+from rl.credit import MAX_ATTRIBUTES, graded_alone, token_parts
 from rl.schedule import RewardSchedules
 from rl.task import Task, reasoning_of
 from rollouts.types import Group
@@ -38,39 +40,41 @@ class Scorer:
 
     def score(self, groups: Sequence[tuple[int, Group]]) -> list[ScoredGroup]:
         """Score this rank's groups, each with the index of its example. Every rank takes part, also one without."""
-        rows = [
-            self.suite.score_group(self.task.examples[i], [r.text for r in group.rollouts])
-            for i, group in groups
-        ]
-        return self.with_advantages(groups, rows)
-
-    def with_advantages(
-        self, groups: Sequence[tuple[int, Group]], rows: Sequence[list[RewardRow]]
-    ) -> list[ScoredGroup]:
-        """Advantages of completions, and of their tokens where those answer for different rewards."""
-        parts = NOT_CREDITED if self.settings.credit == "part" else NOT_CREDITED[: BEFORE + 1]
-        by_part = [
-            self._advantages(rows, [n for n in self.suite.names if self.suite.about(n) != not_credited])
-            for not_credited in parts
-        ]
+        rows = [self._rows(self.task.examples[i], group) for i, group in groups]
+        advantages_B_G = self._advantages(rows, self.suite.names)
         scored = [
             ScoredGroup(i, group, group_rows, self.prior(i), advantages_G)
-            for (i, group), group_rows, advantages_G in zip(groups, rows, by_part[BEFORE], strict=True)
+            for (i, group), group_rows, advantages_G in zip(groups, rows, advantages_B_G, strict=True)
         ]
-        if len(parts) == 1:
-            return scored
-        advantages_B_G_P = torch.stack(by_part, dim=-1)
+        return self._by_token(scored, advantages_B_G) if self.settings.credit == "part" else scored
+
+    def _by_token(self, scored: Sequence[ScoredGroup], advantages_B_G: torch.Tensor) -> list[ScoredGroup]:
+        """Advantages of tokens that answer for their own part of the answer (`rl.credit`)."""
+        examples = [self.task.examples[s.example_index] for s in scored]
+        by_part = [advantages_B_G, self._advantages([s.rows for s in scored], self._all_but("grades"))]
+        for attribute in range(MAX_ATTRIBUTES):
+            rows = [
+                self._rows(graded_alone(example, attribute), s.group)
+                for example, s in zip(examples, scored, strict=True)
+            ]
+            by_part.append(self._advantages(rows, self._all_but("bbox")))
         decode = cache(self.task.tokenizer.decode)
-        return [
-            replace(
-                s,
-                token_advantages=[
-                    advantages_P[token_parts([decode(token) for token in rollout.token_ids])]
-                    for rollout, advantages_P in zip(s.group.rollouts, advantages_G_P, strict=True)
-                ],
-            )
-            for s, advantages_G_P in zip(scored, advantages_B_G_P, strict=True)
-        ]
+        credited = []
+        for s, example, advantages_G_P in zip(scored, examples, torch.stack(by_part, dim=-1), strict=True):
+            names = [attribute.name for attribute in example.question.attributes]
+            parts = [
+                token_parts([decode(token) for token in rollout.token_ids], names)
+                for rollout in s.group.rollouts
+            ]
+            token_advantages = [a_P[p] for a_P, p in zip(advantages_G_P, parts, strict=True)]
+            credited.append(replace(s, token_advantages=token_advantages))
+        return credited
+
+    def _rows(self, example: Example, group: Group) -> list[RewardRow]:
+        return self.suite.score_group(example, [rollout.text for rollout in group.rollouts])
+
+    def _all_but(self, about: About) -> list[str]:
+        return [name for name in self.suite.names if self.suite.about(name) != about]
 
     def prior(self, index: int) -> float:
         """Total reward of the baseline's answer to a training question."""

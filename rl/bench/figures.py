@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rewards.errors import ReasonKneeError
 from rl.bench.compare import MEASURE_NAMES, Comparison, Difference, outcome
+from rl.bench.endpoints import TABLE3_COLUMNS, grades_of
 from rl.bench.views import shown_differences
 
 TRUTH, ARM_A, ARM_B = "#009e73", "#e69f00", "#0072b2"
@@ -148,6 +150,90 @@ def grade_histograms(histograms: Mapping[str, pl.DataFrame]) -> str:
         figure.legend(handles, ["truth", *histograms], loc="outside upper center", ncols=3, frameon=False)
 
     return _svg(draw, 9, 0.5 + 1.9 * math.ceil(len(panels) / 3))
+
+
+def confusion(arms: Mapping[str, pl.DataFrame]) -> str:
+    """What each true grade was answered with: a matrix for each grade space and arm, rows adding up to 1.
+
+    Args:
+        arms: name -> `rl.bench.metrics.Graded.attributes`, on the same items.
+    """
+    known = {name: frame.filter(pl.col("truth").is_not_null()) for name, frame in arms.items()}
+    spaces = sorted(next(iter(known.values()))["grade_space"].unique())
+
+    def draw(figure: Figure) -> None:
+        for row, space in enumerate(spaces):
+            for column, (name, frame) in enumerate(known.items()):
+                axes = figure.add_subplot(len(spaces), len(known), row * len(known) + column + 1)
+                _confusion_panel(axes, frame.filter(pl.col("grade_space") == space), space)
+                axes.set_title(f"{name}, {space.replace('-', '–')}")
+                axes.set_ylabel("true grade" if column == 0 else "")
+                axes.set_xlabel("answered" if row == len(spaces) - 1 else "")
+
+    heights = [0.9 + 0.28 * len(grades_of(space)) for space in spaces]
+    return _svg(draw, 3.6 * len(known), sum(heights))
+
+
+def _confusion_panel(axes: Axes, frame: pl.DataFrame, space: str) -> None:
+    grades = grades_of(space)
+    counts = np.zeros((len(grades), len(grades) + 1))
+    for truth, predicted in frame.select("truth", "predicted").iter_rows():
+        # an answer outside the space is read as none at all
+        counts[grades.index(truth), len(grades) if predicted is None else grades.index(predicted)] += 1
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = counts / np.maximum(totals, 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (i, j), share in np.ndenumerate(shares):
+        if totals[i, 0] and share >= 0.005:
+            colour = "white" if share > 0.55 else "black"
+            axes.text(
+                j, i, f"{share:.2f}"[1:] if share < 0.995 else "1", ha="center", va="center", color=colour
+            )
+    axes.set_xticks(range(len(grades) + 1), [*map(str, grades), "×"])
+    axes.set_yticks(
+        range(len(grades)), [f"{g} ({int(n):,})" for g, n in zip(grades, totals[:, 0], strict=True)]
+    )
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def iou_distributions(runs: Mapping[str, pl.DataFrame]) -> str | None:
+    """Share of items whose box overlaps the true one by at least a given IoU, a panel for each structure.
+
+    Args:
+        runs: name -> `rl.bench.metrics.Graded.items`, on the same items; the last two are the arms.
+
+    Returns:
+        None when no item has a true box.
+    """
+    structures = [name for name in TABLE3_COLUMNS if _ious(next(iter(runs.values())), name).size]
+    if not structures:
+        return None
+    styles = [*[(GREY, ":")] * (len(runs) - 2), (ARM_A, "-"), (ARM_B, "-")]
+
+    def draw(figure: Figure) -> None:
+        handles: list[Any] = []
+        for index, structure in enumerate(structures):
+            axes = figure.add_subplot(math.ceil(len(structures) / 4), 4, index + 1)
+            handles = []
+            for (colour, style), frame in zip(styles, runs.values(), strict=True):
+                ious = _ious(frame, structure)
+                shares = 1 - np.arange(len(ious)) / len(ious)
+                handles += axes.step(ious, shares, where="pre", color=colour, linestyle=style, linewidth=1.4)
+            axes.set(title=f"{structure} ({len(ious):,})", xlim=(0, 1), ylim=(0, 1.02))
+            axes.grid(alpha=0.25)
+            if index % 4 == 0:
+                axes.set_ylabel("share of items")
+            if index >= len(structures) - 4:
+                axes.set_xlabel("IoU at least")
+        figure.legend(handles, list(runs), loc="outside upper center", ncols=len(runs), frameon=False)
+
+    return _svg(draw, 9, 0.5 + 2.0 * math.ceil(len(structures) / 4))
+
+
+def _ious(items: pl.DataFrame, structure: str) -> np.ndarray:
+    """IoU of every item of a structure that has a true box, ascending."""
+    return np.sort(items.filter(pl.col("table3_column") == structure)["iou"].drop_nulls().to_numpy())
 
 
 def _histogram_panel(

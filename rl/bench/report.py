@@ -7,6 +7,7 @@ network, and figures are images.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rl.bench import figures
 from rl.bench.answers import BenchRun
+from rl.bench.baselines import BASELINE_MODEL
 from rl.bench.compare import (
     MEASURE_NAMES,
     Comparison,
@@ -62,6 +64,10 @@ def write_report(
     by_run = {name: tables(g) for name, g in graded.items()}
     views, differences = all_views(by_run), differences_table(comparison)
     arms = [_find(runs, meta.name) for meta in (comparison.a, comparison.b)]
+    arm_runs, arm_graded = [runs[name] for name in arms], [graded[name] for name in arms]
+    chosen = choose(arm_graded[0], arm_graded[1])
+    samples = [make_sample(item, kind, arm_runs, arm_graded, axes) for item, kind in chosen.items()]
+    fixed = [name for name, run in runs.items() if run.meta.model == BASELINE_MODEL]
     page = {
         **_verdict_part(comparison),
         "runs": runs,
@@ -71,7 +77,11 @@ def write_report(
         "forest": figures.forest_plot(comparison),
         "histograms": figures.grade_histograms({name: grade_histogram(graded[name]) for name in arms}),
         "curves": figures.reward_curves(figures.read_metrics(metrics_jsonl)) if metrics_jsonl else None,
-        "samples": _samples([runs[name] for name in arms], [graded[name] for name in arms], axes),
+        "confusion": figures.confusion({name: graded[name].attributes for name in arms}),
+        "ious": figures.iou_distributions({name: graded[name].items for name in [*fixed, *arms]}),
+        "samples": samples,
+        "filters": _filters(samples, comparison.b.name),
+        "slug": slug,
         "arms": [comparison.a.name, comparison.b.name],
         "colours": {"truth": figures.TRUTH, "a": figures.ARM_A, "b": figures.ARM_B},
     }
@@ -123,12 +133,27 @@ def _card(d: Difference, comparison: Comparison) -> dict[str, str]:
     }
 
 
-def _samples(arms: Sequence[BenchRun], graded: Sequence[Graded], axes: Sequence[int]) -> list[Sample]:
-    ious = [dict(g.items.select("example_id", "iou").iter_rows()) for g in graded]
+def _filters(samples: Sequence[Sample], arm: str) -> list[dict[str, Any]]:
+    """The choices above the samples: a style class and the words of each."""
+    categories = sorted({sample.category for sample in samples})
     return [
-        make_sample(item, why, arms[0], arms[1], [by_item[item] for by_item in ious], axes)
-        for item, why in choose(graded[0], graded[1]).items()
+        {"name": "category", "title": "Category", "choices": [(slug(c), c) for c in categories]},
+        {
+            "name": "kind",
+            "title": f"Change to {arm}",
+            "choices": [("gain", "large gain"), ("loss", "large loss"), ("ordinary", "ordinary item")],
+        },
+        {
+            "name": "grades",
+            "title": f"Grades of {arm}",
+            "choices": [("right", "all right"), ("wrong", "some wrong")],
+        },
     ]
+
+
+def slug(text: str) -> str:
+    """The text as a word for a style class."""
+    return re.sub(r"\W+", "-", text.lower())
 
 
 def _tables_md(views: Sequence[TableView], by_run: Mapping[str, Tables], comparison: Comparison) -> str:

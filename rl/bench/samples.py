@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import polars as pl
 
@@ -20,6 +21,8 @@ MAX_SHOWN_CHARS = 4000
 """Characters of a completion that are shown."""
 CANDIDATES = 50
 """How far down a ranking a sample may be taken for the sake of variety."""
+
+Kind = Literal["gain", "loss", "ordinary"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +42,28 @@ class Sample:
     """One item with both answers."""
 
     example_id: str
-    why: str
+    kind: Kind
     category: str
     question: str
     grades: tuple[GradeLine, ...]
     iou_a: float | None
     iou_b: float | None
+    strict_a: bool
+    strict_b: bool
     completion_a: str
     completion_b: str
     planes: tuple[Plane, ...]
     missing_volume: str
     """Why there are no planes; empty when there are."""
 
+    @property
+    def all_right(self) -> bool:
+        """Whether b answered every grade that has a truth right."""
+        return all(line.b_right is not False for line in self.grades)
 
-def choose(a: Graded, b: Graded, count: int = 2) -> dict[str, str]:
-    """Items worth looking at, example_id -> why, from different volumes and categories as far as possible.
+
+def choose(a: Graded, b: Graded, count: int = 6) -> dict[str, Kind]:
+    """Items worth looking at, example_id -> kind, from different volumes and categories as far as possible.
 
     An item's score is the mean of its share of right grades and its IoU. Chosen are `count` items each among the
     largest gains of b over a, among its largest losses, and around the median of b.
@@ -63,44 +73,41 @@ def choose(a: Graded, b: Graded, count: int = 2) -> dict[str, str]:
         pl.col("score_b") - pl.col("score"),
         (pl.col("score_b") - pl.col("score_b").median()).abs(),
     )
-    rankings = {
-        f"among the largest gains of {b.meta.name} over {a.meta.name}": scores.filter(gain > 0).sort(
-            gain, descending=True, maintain_order=True
-        ),
-        f"among the largest losses of {b.meta.name} against {a.meta.name}": scores.filter(gain < 0).sort(
-            gain, maintain_order=True
-        ),
-        f"around the median of {b.meta.name}": scores.sort(from_median, maintain_order=True),
+    rankings: dict[Kind, pl.DataFrame] = {
+        "gain": scores.filter(gain > 0).sort(gain, descending=True, maintain_order=True),
+        "loss": scores.filter(gain < 0).sort(gain, maintain_order=True),
+        "ordinary": scores.sort(from_median, maintain_order=True),
     }
     traits = {row[0]: row[1:] for row in b.items.select("example_id", "volume_id", "category").iter_rows()}
-    chosen: dict[str, str] = {}
+    chosen: dict[str, Kind] = {}
     seen: set[str] = set()
-    for why, ranking in rankings.items():
+    for kind, ranking in rankings.items():
         for _ in range(count):
             left = [item for item in ranking["example_id"].head(CANDIDATES) if item not in chosen]
             if left:
                 # min keeps the first of equals, so the ranking decides between equally new items
                 pick = min(left, key=lambda item: sum(trait in seen for trait in traits[item]))
-                chosen[pick] = why
+                chosen[pick] = kind
                 seen.update(traits[pick])
     return chosen
 
 
 def make_sample(
-    example_id: str, why: str, a: BenchRun, b: BenchRun, ious: Sequence[float | None], axes: Sequence[int]
+    example_id: str, kind: Kind, arms: Sequence[BenchRun], graded: Sequence[Graded], axes: Sequence[int]
 ) -> Sample:
     """Everything the report shows of one item.
 
     Args:
         example_id: the item, in both runs.
-        why: why it was chosen.
-        a, b: the two runs.
-        ious: IoU of a's and of b's box.
+        kind: what it was chosen as.
+        arms: the runs a and b.
+        graded: the same, graded.
         axes: file axis of slice, x and y (`rl.data.boxes.Convention.axes`).
     """
-    row_a, row_b = (
-        run.answers.row(by_predicate=pl.col("example_id") == example_id, named=True) for run in (a, b)
-    )
+    a, b = arms
+    this = pl.col("example_id") == example_id
+    item_a, item_b = (g.items.row(by_predicate=this, named=True) for g in graded)
+    row_a, row_b = (run.answers.row(by_predicate=this, named=True) for run in (a, b))
     question, truth = QUESTIONS[row_a["question_id"]], row_truth(row_a)
     answer_a, answer_b = (
         read_answer(row["completion"], question, mode=run.meta.reader, reasoning=run.meta.reasoning)
@@ -115,12 +122,14 @@ def make_sample(
         missing = str(error)
     return Sample(
         example_id=example_id,
-        why=why,
+        kind=kind,
         category=question.category,
         question=question_text(question).removesuffix(answer_template(question)).strip(),
         grades=_grade_lines(question, truth.grades, answer_a, answer_b),
-        iou_a=ious[0],
-        iou_b=ious[1],
+        iou_a=item_a["iou"],
+        iou_b=item_b["iou"],
+        strict_a=item_a["strict"],
+        strict_b=item_b["strict"],
         completion_a=_capped(row_a["completion"]),
         completion_b=_capped(row_b["completion"]),
         planes=planes,

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from rewards import format_answer
 from rl.advantages import group_advantages, normalized_sum
 from rl.completions import ScoredGroup
 from rl.config import Config, ConfigError
@@ -26,7 +27,7 @@ from rl.model import reference_adapter, trainable
 from rl.pipeline import run_embed
 from rl.progress import StageProgress
 from rl.validation import Best
-from rollouts.types import Engine, Group
+from rollouts.types import Engine, Group, Rollout
 
 KEYS = {
     *(
@@ -89,34 +90,37 @@ def ending(scored: ScoredGroup, *reasons: str) -> ScoredGroup:
     return replace(scored, group=Group(scored.group.prompt, tuple(rollouts)))
 
 
-def test_tokens_of_the_box_can_answer_for_the_box_alone(make_trainer: MakeTrainer) -> None:
-    """The gradient of a group whose box texts alone are credited is that of its box tokens alone."""
-    box = '<answer>{"bbox": [2, 5, 10, 29, 20, 49], "x": 1}'
+def test_the_box_and_each_grade_can_answer_for_themselves(make_trainer: MakeTrainer) -> None:
+    """Two answers: the first has the better box and the second grade right, the other one the first grade."""
     trainer = make_trainer("grpo.credit=part", "rewards.components=[{name: box_iou}, {name: moaks_accuracy}]")
-    scored = trainer.scorer.score(trainer._rollouts(0))[0]
-    ids = tuple(trainer.task.tokenizer.encode(box, add_special_tokens=False))
-    rollouts = [replace(r, text=box, token_ids=ids, logps=(0.0,) * len(ids)) for r in scored.group.rollouts]
-    rows = [
-        replace(
-            row,
-            components={"box_iou": 0.0, "moaks_accuracy": 0.0},
-            weights={"box_iou": 0.5, "moaks_accuracy": 0.5},
-        )
-        for row in scored.rows
+    examples = trainer.task.examples
+    index = next(i for i, example in enumerate(examples) if len(example.question.attributes) == 2)
+    example = examples[index]
+    true, box = example.truth.grades, example.truth.bbox
+    assert box is not None
+    (first, second), wrong = true, {name: (grade + 1) % 2 for name, grade in true.items()}
+    near = replace(box, slice_max=box.slice_max + 1)
+    grades = [{first: wrong[first], second: true[second]}, {first: true[first], second: wrong[second]}]
+    texts = [
+        format_answer(example.question, *answer, "x") for answer in zip(grades, (box, near), strict=True)
     ]
-    rows[0] = replace(rows[0], components={"box_iou": 0.0, "moaks_accuracy": 1.0})
-    rows[1] = replace(rows[1], components={"box_iou": 1.0, "moaks_accuracy": 0.0})
-    group = Group(scored.group.prompt, tuple(rollouts))
-    (credited,) = trainer.scorer.with_advantages([(scored.example_index, group)], [rows])
-    texts = [trainer.task.tokenizer.decode(i) for i in ids]
-    before, inside, after = (
-        [a.tolist() for a in (x[[p == part for p in token_parts(texts)]] for x in credited.token_advantages)]
-        for part in (0, 1, 2)
-    )
-    assert before[0] == before[1]  # both rewards count alike before the box
-    assert max(inside[0]) < 0 < min(inside[1])  # the box answers for the box
-    assert max(after[1]) < 0 < min(after[0])  # what follows answers for the grades
-    assert credited.has_signal
+    tokens = [tuple(trainer.task.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    rollouts = [
+        Rollout(ids, (0.0,) * len(ids), text, "stop", 1) for ids, text in zip(tokens, texts, strict=True)
+    ]
+    (scored,) = trainer.scorer.score([(index, Group(trainer.task.prompt(index, 10), tuple(rollouts)))])
+    for ids, advantages, total, sign in zip(
+        tokens, scored.token_advantages, scored.advantages_G, (1, -1), strict=True
+    ):
+        parts = token_parts([trainer.task.tokenizer.decode(i) for i in ids], (first, second))
+        by_part = {
+            part: {float(a) for a, p in zip(advantages, parts, strict=True) if p == part} for part in parts
+        }
+        rest, of_box, of_first, of_second = (by_part[part] for part in range(4))
+        assert rest == {float(total)}  # one grade right each: the better box decides
+        assert {math.copysign(1, a) for a in rest | of_box | of_second} == {sign}
+        assert {math.copysign(1, a) for a in of_first} == {-sign}
+    assert scored.has_signal
 
 
 def test_components_can_be_normalised_before_they_are_added(make_trainer: MakeTrainer) -> None:

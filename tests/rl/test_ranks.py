@@ -27,7 +27,7 @@ RUNS = {
         "schedule: {parameter: bar, to: 0.5, by: 0.5, above: 0.01}}]",
     ],
     # rank 1 has no volume at all
-    "idle": ["grpo.volumes_per_step=1", "grpo.mask_truncated_completions=true"],
+    "idle": ["grpo.volumes_per_step=1", "grpo.mask_truncated_completions=true", "grpo.credit=part"],
 }
 
 
