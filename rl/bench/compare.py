@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
+from scipy.stats import norm
 from scipy.stats import t as student_t
 
 from rewards.errors import ReasonKneeError
@@ -32,6 +33,9 @@ from rl.config import CompareConfig
 
 PATIENTS_FOR_A_CLAIM = 10
 """Below this many patients no interval is worth a verdict."""
+
+POWER = 0.8
+"""Of the note on what a test set could show."""
 
 
 class CompareError(ReasonKneeError, ValueError):
@@ -61,6 +65,8 @@ class Difference:
     """Observations: graded attributes, or items."""
     n_patients: int
     """Patients with an observation."""
+    se: float
+    """Standard error of the difference over patients."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +237,18 @@ def _difference(
         p_holm=p_holm,
         n=int(n_merged.sum()),
         n_patients=n_patients,
+        se=resampled.se,
     )
+
+
+def detectable(difference: Difference, patients: int, confidence: float) -> float:
+    """The true difference that `patients` patients would show, at this confidence, in `POWER` of all test sets.
+
+    From the standard error of the observed one, which shrinks with the root of the number of patients; normal
+    approximation (Cohen 1988, section 2.2).
+    """
+    quantiles = norm.ppf([(1 + confidence) / 2, POWER])
+    return float(quantiles.sum() * difference.se * np.sqrt(difference.n_patients / patients))
 
 
 def outcome(difference: Difference) -> str:

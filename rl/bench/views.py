@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from rl.bench import published
 from rl.bench.answers import RunMeta
 from rl.bench.baselines import BASELINE_MODEL
-from rl.bench.compare import MEASURE_NAMES, Comparison, Difference, outcome, signed
+from rl.bench.compare import (
+    MEASURE_NAMES,
+    POWER,
+    Comparison,
+    Difference,
+    detectable,
+    outcome,
+    primary_and_usual,
+    signed,
+)
 from rl.bench.endpoints import CATEGORIES, OVERALL, SAME_COLUMNS, TABLE2_COLUMNS, TABLE3_COLUMNS, Cell
 from rl.bench.further import IOU_BARS
 from rl.bench.metrics import Tables
@@ -223,6 +232,8 @@ def reading_table(by_run: Mapping[str, Tables]) -> TableView:
     )
 
 
+BENCHMARK_PATIENTS = 399
+"""Patients of the released test split."""
 SHOWN_MEASURES = ("balanced_accuracy", "accuracy", "iou", "strict")
 
 
@@ -261,10 +272,27 @@ def differences_table(comparison: Comparison) -> TableView:
     return TableView(
         f"Differences, {b} minus {a}",
         f"{level} intervals: bootstrap-t over patients, {comparison.draws:,} draws, seed {comparison.seed}. "
-        "p: patient-level sign-flip test; Holm: corrected over the columns of a measure, Overall apart.",
+        "p: patient-level sign-flip test; Holm: corrected over the columns of a measure, Overall apart. "
+        f"{_power_note(comparison)}",
         ("Endpoint", a, b, "Difference", f"{level} interval", "p", "Holm", "Outcome", "n", "Patients"),
         tuple(rows),
     )
+
+
+def _power_note(comparison: Comparison) -> str:
+    """What this test set, and one as large as the benchmark's, could have shown."""
+    found = []
+    for key in primary_and_usual(comparison):
+        d = comparison.get(*key)
+        if d is not None and d.n_patients > 1:
+            here, there = (
+                detectable(d, n, comparison.confidence) for n in (d.n_patients, BENCHMARK_PATIENTS)
+            )
+            found.append(
+                f"{MEASURE_NAMES[d.measure]}, {d.column}: {here:.3f} with these {d.n_patients:,} patients, "
+                f"{there:.3f} with the {BENCHMARK_PATIENTS} of the benchmark's test split"
+            )
+    return f"True differences that are found in {POWER:.0%} of cases: {'; '.join(found)}." if found else ""
 
 
 def markdown(view: TableView) -> str:

@@ -13,6 +13,7 @@ from rl.bench.compare import (
     CompareError,
     check_same_items,
     compare,
+    detectable,
     holm,
     outcome,
     seed_summary,
@@ -181,6 +182,14 @@ def test_one_patient_shows_nothing_however_large_the_difference(examples, answer
     result = compare(answered(one, "SFT", 0.0), answered(one, "GRPO", 1.0), QUICK)
     assert result.n_patients == 1
     assert {outcome(d) for d in result.differences} == {"no difference shown"}
+
+
+def test_four_times_the_patients_show_half_the_difference(comparison):
+    difference = comparison.get("iou")
+    patients = difference.n_patients
+    assert detectable(difference, 4 * patients, 0.95) == detectable(difference, patients, 0.95) / 2
+    # the textbook's 1.96 + 0.84 standard errors
+    assert detectable(difference, patients, 0.95) == pytest.approx(2.8016 * difference.se, rel=1e-4)
 
 
 def test_a_negative_zero_is_never_written():
