@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
-from rl.bench.answers import BenchRun, RunMeta, answer_row, write_run
+from rl.answering import ask, run_meta, split_of
+from rl.bench.answers import BenchRun, write_run
 from rl.bench.baselines import BASELINE_MODEL, baseline_rows, fit_baselines
-from rl.config import Config, ConfigError
+from rl.config import Config
 from rl.data.examples import Examples, load_examples
-from rl.data.layout import Split
 from rl.stage_inputs import Inputs
 from rl.stages import eval_inputs, read_record, write_record
 from rl.task import Task, reader_of, reasoning_of
-from rollouts.types import Engine, Sampling
+from rollouts.types import Engine
 
 PROMPTS_PER_CALL = 512
 """Prompts handed to the engine at once: enough to fill it, few enough to show progress."""
@@ -47,15 +44,10 @@ def evaluate(
     task = Task(config, split_of(config))
     examples = limited(config, task.examples)
     engine.load_adapter(adapter)
-    sampling = Sampling(temperature=config.eval.temperature, max_tokens=config.eval.max_completion_length)
     rows = []
     for start in range(0, len(examples), PROMPTS_PER_CALL):
         part = range(start, min(start + PROMPTS_PER_CALL, len(examples)))
-        prompts = [task.prompt(i, sampling.max_tokens) for i in part]
-        groups = engine.generate(prompts, 1, sampling, [config.seed + i for i in part])
-        for i, group in zip(part, groups, strict=True):
-            rollout = group.rollouts[0]
-            rows.append(answer_row(task.examples[i], rollout.text, rollout.finish_reason, reader_of(config)))
+        rows += ask(config, task, engine, part)
         on_progress(part.stop, len(examples))
     meta = run_meta(config, name, config.model.path, str(adapter) if adapter else None, examples)
     run = write_run(folder, rows, meta)
@@ -80,35 +72,7 @@ def evaluate_baselines(config: Config, folder: Path) -> BenchRun:
     return write_run(folder, rows, run_meta(config, "baseline", BASELINE_MODEL, None, examples))
 
 
-def run_meta(config: Config, name: str, model: str, adapter: str | None, examples: Examples) -> RunMeta:
-    """What a reader must know of a run; the comparison checks it."""
-    content = json.dumps(asdict(config), sort_keys=True, default=str)
-    return RunMeta(
-        name=name,
-        model=model,
-        adapter=adapter,
-        split_file=config.data.test_file if config.eval.split == "test" else config.data.val_file,
-        question_ids=tuple(sorted(set(examples.column("question_id")))),
-        reader=reader_of(config),
-        reasoning=reasoning_of(config),
-        decoding={"temperature": config.eval.temperature, "max_tokens": config.eval.max_completion_length},
-        config_hash=hashlib.blake2b(content.encode(), digest_size=8).hexdigest(),
-        dataset_fingerprint=examples.fingerprint,
-        n=len(examples),
-        max_examples=config.eval.max_examples,
-    )
-
-
 def limited(config: Config, examples: Examples) -> Examples:
     """The first `eval.max_examples` examples; all when it is 0."""
     limit = config.eval.max_examples
     return examples[:limit] if limit else examples
-
-
-def split_of(config: Config) -> Split:
-    """The split the benchmark runs on."""
-    if config.eval.split == "test":
-        return "test"
-    if config.eval.split == "val":
-        return "val"
-    raise ConfigError(f'eval.split is {config.eval.split!r}; write "test" or "val"')

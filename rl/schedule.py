@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rewards.suite import RewardSuite
-from rl.config import RewardsConfig
+from rl.config_rewards import RewardsConfig
 
 
 class RewardSchedules:

@@ -13,14 +13,14 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from rl.bench.answers import answer_row, make_run
+from rl.answering import ask, run_meta
+from rl.bench.answers import make_run
 from rl.bench.endpoints import OVERALL
 from rl.bench.metrics import grade_run, tables
 from rl.config import Config, ConfigError
 from rl.errors import staged_folder
-from rl.evaluate import run_meta
-from rl.task import Task, reader_of
-from rollouts.types import Engine, Sampling
+from rl.task import Task
+from rollouts.types import Engine
 
 MEASURES = ("balanced_accuracy", "accuracy", "iou", "strict")
 """Logged as `validation/<measure>`, beside the primary endpoint where it is another."""
@@ -34,7 +34,7 @@ class Validation:
     """
 
     def __init__(self, config: Config) -> None:
-        self.config = replace(config, eval=replace(config.eval, split="val"))
+        self.config = replace(config, eval=replace(config.eval, split="val", temperature=0.0))
         self.task = Task(config, "val")
         count = len(self.task.examples)
         if not count:
@@ -46,15 +46,7 @@ class Validation:
     def run(self, engine: Engine, accelerator: Accelerator) -> dict[str, float]:
         """`validation/<measure>` over all questions, each rank asking its share; empty on ranks other than 0."""
         indices = self.chosen[accelerator.process_index :: accelerator.num_processes]
-        tokens = self.config.eval.max_completion_length
-        prompts = [self.task.prompt(i, tokens) for i in indices]
-        greedy = Sampling(temperature=0.0, max_tokens=tokens)
-        groups = engine.generate(prompts, 1, greedy, [0] * len(prompts)) if prompts else []
-        rows = [
-            answer_row(self.task.examples[i], rollout.text, rollout.finish_reason, reader_of(self.config))
-            for i, group in zip(indices, groups, strict=True)
-            for rollout in group.rollouts
-        ]
+        rows = ask(self.config, self.task, engine, indices)
         everywhere = gather_object(rows)
         if not accelerator.is_main_process:
             return {}

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from rl.answering import split_of
 from rl.bench.answers import read_run
 from rl.config import Config, ConfigError
 from rl.engine import engine_options, start_engine
-from rl.evaluate import evaluate, evaluate_baselines, is_current, split_of
+from rl.evaluate import evaluate, evaluate_baselines, is_current
 from rl.task import Task
 from rollouts.hf_engine import HfEngine
 from rollouts.types import Engine, EngineError
