@@ -187,8 +187,12 @@ class GRPOConfig:
     """Lower clip range of the importance ratio."""
     epsilon_high: float = 0.28
     """Upper clip range (DAPO, arXiv 2503.14476)."""
+    delta: float = 0.0
+    """Upper bound of the ratio where the advantage is negative (INTELLECT-2, arXiv 2505.07291); 0 for none."""
     loss_type: str = "dapo"
-    """grpo | dr_grpo | dapo | bnpo."""
+    """grpo | dr_grpo | dapo | bnpo | cispo (there `epsilon_high` is the cap of the ratio itself, 5 say)."""
+    importance_sampling_level: str = "token"
+    """token | sequence (GSPO, arXiv 2507.18071; with loss_type grpo and ranges of about 3e-4)."""
     scale_rewards: str = "group"
     """Divide advantages by the standard deviation of the "group", the "batch", or not at all ("none")."""
     multi_objective_aggregation: str = "sum_then_normalize"

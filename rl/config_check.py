@@ -29,7 +29,8 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "engine.kind": ("vllm", "hf"),
     "rewards.reader": ("strict", "tolerant"),
     "rewards.on_error": ("raise", "score_none"),
-    "grpo.loss_type": ("grpo", "dr_grpo", "dapo", "bnpo"),
+    "grpo.loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo"),
+    "grpo.importance_sampling_level": ("token", "sequence"),
     "grpo.scale_rewards": ("group", "batch", "none"),
     "grpo.credit": ("completion", "part"),
     "grpo.multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
@@ -44,7 +45,14 @@ MAY_BE_ZERO = frozenset(
     {
         *("seed", "phantom.seed", "base.seed", "view.window_low", "model.lora.dropout"),
         *("sft.steps_per_epoch", "sft.warmup_ratio", "sft.weight_decay", "sft.max_seconds"),
-        *("grpo.beta", "grpo.epsilon", "grpo.epsilon_high", "grpo.warmup_steps", "grpo.weight_decay"),
+        *(
+            "grpo.beta",
+            "grpo.epsilon",
+            "grpo.epsilon_high",
+            "grpo.delta",
+            "grpo.warmup_steps",
+            "grpo.weight_decay",
+        ),
         *("grpo.eval_steps", "eval.temperature", "eval.max_examples"),
         *("ray.gpus_per_worker", "ray.gpus_per_engine"),
     }
@@ -253,6 +261,18 @@ def _grpo(config: Config) -> Iterator[str]:
         yield f"grpo.epsilon is {grpo.epsilon}: it must be below 1"
     if grpo.epsilon_high < grpo.epsilon:
         yield f"grpo.epsilon_high is {grpo.epsilon_high}: it must not be below grpo.epsilon ({grpo.epsilon})"
+    if grpo.loss_type == "cispo" and grpo.epsilon_high < 1:
+        yield (
+            f"grpo.epsilon_high is {grpo.epsilon_high} with loss_type cispo, where it is the cap of the ratio itself: "
+            "set it above 1, 5 say"
+        )
+    if 0 < grpo.delta <= 1 + grpo.epsilon_high:
+        yield f"grpo.delta is {grpo.delta}: it must be above 1 + grpo.epsilon_high ({1 + grpo.epsilon_high:g})"
+    if grpo.importance_sampling_level == "sequence" and grpo.loss_type != "grpo":
+        yield (
+            f"grpo.loss_type is {grpo.loss_type!r} with importance_sampling_level 'sequence', where it would weight "
+            "each completion by its length: set grpo.loss_type to 'grpo'"
+        )
     if grpo.multi_objective_aggregation == "normalize_then_sum" and grpo.scale_rewards != "batch":
         yield (
             f"grpo.scale_rewards is {grpo.scale_rewards!r} with normalize_then_sum, which divides by the standard "

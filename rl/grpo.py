@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -182,14 +182,8 @@ class GRPOTrainer:
 
     def _update(self, scored: list[ScoredGroup]) -> tuple[dict[str, float], Agreement]:
         """All optimizer passes over the step's rollouts. Returns metric sums over this rank's tokens."""
-        loss_settings = LossSettings(
-            loss_type=self.settings.loss_type,
-            epsilon=self.settings.epsilon,
-            epsilon_high=self.settings.epsilon_high,
-            beta=self.settings.beta,
-            importance_cap=self.settings.importance_cap,
-            max_completion_length=self.settings.max_completion_length,
-        )
+        shared = {field.name: getattr(self.settings, field.name) for field in fields(LossSettings)}
+        loss_settings = LossSettings(**shared)
         skips = not self.settings.beta and self.settings.loss_type != "bnpo"
         counted = [s for s in scored if s.has_signal or not skips]
         # without any signal one group is still computed: the engine is to be probed in every step

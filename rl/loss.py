@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo")
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo")
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,10 @@ class LossSettings:
     """Names and meanings as in TRL's GRPOConfig."""
 
     loss_type: str = "dapo"
+    importance_sampling_level: str = "token"
     epsilon: float = 0.2
     epsilon_high: float = 0.28
+    delta: float = 0.0
     beta: float = 0.0
     importance_cap: float = 3.0
     max_completion_length: int = 128
@@ -58,10 +60,13 @@ def grpo_loss(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """This micro-batch's share of the step's loss: the shares of all micro-batches and ranks add up to it.
 
-    per token:  -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) w + beta r KL
+    per token:  -min(min(r, delta) A, clip(r, 1 - epsilon, 1 + epsilon_high) A) w + beta r KL
+    "cispo":    -min(r, epsilon_high) A log p w + beta r KL, no gradient through min (MiniMax-M1, arXiv 2506.13585)
     with r the ratio of new to old policy, w = min(old policy / engine, importance_cap) and the estimator
     KL = exp(ref - new) - (ref - new) - 1 (Schulman 2020, "Approximating KL divergence", k3). The ratio before it, which
     is 1 on-policy but has a gradient, makes its gradient that of the reverse KL (DeepSeek-V3.2, arXiv 2512.02556).
+    At importance level "sequence" r is the geometric mean over a completion's tokens (GSPO, arXiv 2507.18071). `delta`
+    bounds r where the advantage is negative (INTELLECT-2, arXiv 2505.07291); 0 is no bound.
 
     Returns:
         The loss and sums over tokens (`kl`, `clipped`, `importance`) for the step's metrics.
@@ -71,9 +76,20 @@ def grpo_loss(
     old_logps = logps.detach() if inputs.old_logps_N_T is None else inputs.old_logps_N_T
     advantages = inputs.advantages_N_T
 
-    ratio = torch.exp(logps - old_logps)
-    clipped = ratio.clamp(1 - settings.epsilon, 1 + settings.epsilon_high)
-    loss_N_T = -torch.min(ratio * advantages, clipped * advantages)
+    log_ratio = logps - old_logps
+    if settings.importance_sampling_level == "sequence":
+        log_ratio = (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    ratio = torch.exp(log_ratio)
+    if settings.loss_type == "cispo":
+        loss_N_T = -ratio.clamp(max=settings.epsilon_high).detach() * advantages * logps
+        outside = (ratio > settings.epsilon_high) & (advantages > 0)
+    else:
+        clipped = ratio.clamp(1 - settings.epsilon, 1 + settings.epsilon_high)
+        bounded = ratio.clamp(max=settings.delta) if settings.delta else ratio
+        loss_N_T = -torch.min(bounded * advantages, clipped * advantages)
+        outside = ((ratio < 1 - settings.epsilon) & (advantages < 0)) | (
+            (ratio > 1 + settings.epsilon_high) & (advantages > 0)
+        )
     metrics = {}
     if inputs.sampler_logps_N_T is not None:
         weight = torch.exp((old_logps - inputs.sampler_logps_N_T) * mask).clamp(max=settings.importance_cap)
@@ -82,13 +98,10 @@ def grpo_loss(
     if settings.beta:
         if inputs.ref_logps_N_T is None:
             raise ValueError("beta > 0 needs the log-probabilities of the reference policy")
-        log_ratio = inputs.ref_logps_N_T - logps
-        kl = ratio * (torch.expm1(log_ratio) - log_ratio)  # expm1: never below 0 by rounding
+        from_reference = inputs.ref_logps_N_T - logps
+        kl = ratio * (torch.expm1(from_reference) - from_reference)  # expm1: never below 0 by rounding
         loss_N_T = loss_N_T + settings.beta * kl
         metrics["kl"] = float((kl.detach() * mask).sum())
-    outside = ((ratio < 1 - settings.epsilon) & (advantages < 0)) | (
-        (ratio > 1 + settings.epsilon_high) & (advantages > 0)
-    )
     metrics["clipped"] = float((outside & mask).sum())
     return _normalise(loss_N_T * mask, mask, settings, totals), metrics
 
@@ -100,7 +113,7 @@ def _normalise(
         return (loss_N_T.sum(1) / mask_N_T.sum(1).clamp(min=1)).sum() / totals.completions
     if settings.loss_type == "dr_grpo":  # a constant: no bias towards short or long completions
         return loss_N_T.sum() / (totals.completions * settings.max_completion_length)
-    if settings.loss_type == "dapo":  # mean over all tokens of the step
+    if settings.loss_type in ("dapo", "cispo"):  # mean over all tokens of the step
         return loss_N_T.sum() / max(totals.tokens, 1)
     if settings.loss_type == "bnpo":  # mean over the tokens of the micro-batch, then over micro-batches
         return loss_N_T.sum() / mask_N_T.sum().clamp(min=1) / totals.microbatches

@@ -124,6 +124,9 @@ def test_a_value_outside_a_choice_names_the_allowed_ones(field: str) -> None:
         (["grpo.num_generations=1"], "at least 2"),
         (["grpo.beta=-0.1"], "grpo.beta is -0.1: it must not be negative"),
         (["grpo.epsilon_high=0.1"], "grpo.epsilon_high is 0.1"),
+        (["grpo.loss_type=cispo"], "grpo.epsilon_high is 0.28 with loss_type cispo"),
+        (["grpo.delta=1.1"], r"grpo.delta is 1.1: it must be above 1 \+ grpo.epsilon_high \(1.28\)"),
+        (["grpo.importance_sampling_level=sequence"], "set grpo.loss_type to 'grpo'"),
         (["grpo.warmup_steps=60"], "below grpo.max_steps"),
         (
             ["grpo.multi_objective_aggregation=normalize_then_sum"],

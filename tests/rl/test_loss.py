@@ -61,13 +61,18 @@ def one_token(ratio: float, advantage: float, **settings: Any) -> tuple[float, f
 def test_on_policy_each_type_is_its_own_mean_of_minus_the_advantage(loss_type: str) -> None:
     """On-policy the ratio is 1, so a token's loss is -A: 3 tokens of -1.5, 1 of 0.5, 2 of 2."""
     inputs = replace(example(on_policy=True), ref_logps_N_T=None, sampler_logps_N_T=None)
+    if loss_type == "cispo":
+        inputs = replace(inputs, logps_N_T=torch.ones_like(inputs.logps_N_T), old_logps_N_T=None)
     expected = {
+        "cispo": (3 * -1.5 + 0.5 + 2 * 2.0) / 6,  # times log p, which is set to 1 here
         "grpo": (-1.5 + 0.5 + 2.0) / 4,
         "dr_grpo": (3 * -1.5 + 0.5 + 2 * 2.0) / (4 * 5),
         "dapo": (3 * -1.5 + 0.5 + 2 * 2.0) / 6,
         "bnpo": (3 * -1.5 + 0.5 + 2 * 2.0) / 6,
     }
-    loss, _ = grpo_loss(inputs, LossSettings(loss_type=loss_type, max_completion_length=5), TOTALS)
+    loss, _ = grpo_loss(
+        inputs, LossSettings(loss_type=loss_type, epsilon_high=5, max_completion_length=5), TOTALS
+    )
     assert loss.item() == pytest.approx(expected[loss_type], abs=1e-12)
 
 
@@ -155,7 +160,7 @@ def test_the_importance_weight_is_capped_above_only(old: float, sampler: float, 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_what_is_masked_has_no_influence(loss_type: str) -> None:
     inputs = example()
-    settings = LossSettings(loss_type=loss_type, beta=0.1)
+    settings = LossSettings(loss_type=loss_type, beta=0.1, epsilon_high=2)
     loss, metrics = grpo_loss(inputs, settings, TOTALS)
     (gradient,) = torch.autograd.grad(loss, inputs.logps_N_T)
     assert not gradient[~MASK].any()
@@ -215,21 +220,30 @@ def trl_trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return trainer
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+KINDS = [
+    *({"loss_type": loss_type} for loss_type in LOSS_TYPES),
+    {"loss_type": "cispo", "epsilon_high": 1.1},
+    {"loss_type": "dapo", "delta": 1.35},
+    {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.05, "delta": 1.31},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 @pytest.mark.parametrize("on_policy", [True, False])
 @pytest.mark.parametrize("corrected", [True, False])
 def test_loss_and_gradient_are_those_of_trl(
     trl_trainer: Any,
     monkeypatch: pytest.MonkeyPatch,
-    loss_type: str,
+    kind: dict[str, Any],
     beta: float,
     on_policy: bool,
     corrected: bool,
 ) -> None:
     """Two micro-batches of two completions each, as TRL accumulates them."""
     inputs = example(on_policy=on_policy)
-    ours = LossSettings(loss_type=loss_type, beta=beta, max_completion_length=5)
+    ours = LossSettings(**kind, beta=beta, max_completion_length=5)
     used = inputs if corrected else replace(inputs, sampler_logps_N_T=None)
     parts = [slice(0, 2), slice(2, 4)]
     total = torch.stack(
@@ -238,11 +252,15 @@ def test_loss_and_gradient_are_those_of_trl(
     (gradient,) = torch.autograd.grad(total, inputs.logps_N_T)
 
     settings = {
-        "loss_type": loss_type,
+        "loss_type": ours.loss_type,
+        "importance_sampling_level": ours.importance_sampling_level,
+        "epsilon_low": ours.epsilon,
+        "epsilon_high": ours.epsilon_high,
         "beta": beta,
         "use_vllm": corrected,
         "current_gradient_accumulation_steps": 2,
     }
+    monkeypatch.setattr(trl_trainer.args, "delta", ours.delta or None)
     for name, value in settings.items():
         monkeypatch.setattr(trl_trainer, name, value, raising=False)
     losses = torch.stack([_trl_loss(trl_trainer, monkeypatch, rows(inputs, part)) for part in parts]).sum()
