@@ -201,6 +201,9 @@ class GRPOConfig:
     credit: str = "completion"
     """Which tokens answer for a reward: completion (all of them) | part (the box's text for the box and not for grades,
     the text of each grade for that grade alone: `rl.credit`)."""
+    resample_rounds: int = 0
+    """Draw other questions for groups without signal, at most this many times a step (dynamic sampling: DAPO, arXiv
+    2503.14476). `groups_drawn` in the metrics counts what was sampled for it."""
     num_iterations: int = 1
     """Optimizer passes over one batch of rollouts."""
     temperature: float = 1.0

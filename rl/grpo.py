@@ -19,6 +19,7 @@ Departures from the textbook:
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -133,10 +134,7 @@ class GRPOTrainer:
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step. Returns its record (on rank 0; empty elsewhere)."""
         watch = Stopwatch()
-        groups = self._rollouts(step)
-        watch.lap("seconds/rollout")
-        scored = self.scorer.score(groups)
-        watch.lap("seconds/reward")
+        scored, drawn = self._scored_groups(step, watch)
         lr = float(self.schedule.get_last_lr()[0])
         sums, agreement = self._update(scored)
         self.schedule.step()
@@ -144,6 +142,8 @@ class GRPOTrainer:
         self._publish()
         watch.lap("seconds/sync")
         record = self._record(step, scored, {**sums, "lr": lr}, agreement, watch)
+        if self.run and self.settings.resample_rounds:
+            record["groups_drawn"] = drawn
         self._move_schedules(record)
         done = step + 1
         last = done == self.settings.max_steps
@@ -169,11 +169,42 @@ class GRPOTrainer:
         self.accelerator.wait_for_everyone()
         return self.folder / "adapter"
 
-    def _rollouts(self, step: int) -> list[tuple[int, Group]]:
-        """This rank's questions of the step, answered G times each; questions of one volume together."""
+    def _scored_groups(self, step: int, watch: Stopwatch) -> tuple[list[ScoredGroup], int]:
+        """This rank's groups of the step, and the number that all ranks have drawn for it.
+
+        With `resample_rounds`, groups without signal make room for other questions (dynamic sampling: DAPO, arXiv
+        2503.14476, section 3.2); those for which there was none in time stay.
+        """
+        settings = self.settings
+        scored = self._draw(step, settings.volumes_per_step, watch)
+        drawn = sum(gather_object([len(scored)]))
+        for again in range(1, settings.resample_rounds + 1):
+            missing = sum(gather_object([sum(not s.has_signal for s in scored)]))
+            if not missing:
+                break
+            more = self._draw(step, math.ceil(missing / settings.questions_per_volume), watch, again)
+            drawn += sum(gather_object([len(more)]))
+            seen = {s.example_index for s in scored}
+            fresh = [s for s in more if s.has_signal and s.example_index not in seen]
+            flat = [s for s in scored if not s.has_signal]
+            scored = [s for s in scored if s.has_signal] + (fresh + flat)[: len(flat)]
+        volume_of = self.task.volume_ids
+        return sorted(
+            scored, key=lambda s: volume_of[s.example_index]
+        ) if settings.resample_rounds else scored, drawn
+
+    def _draw(self, step: int, volumes: int, watch: Stopwatch, again: int = 0) -> list[ScoredGroup]:
+        groups = self._rollouts(step, volumes, again)
+        watch.lap("seconds/rollout")
+        scored = self.scorer.score(groups)
+        watch.lap("seconds/reward")
+        return scored
+
+    def _rollouts(self, step: int, volumes: int, again: int = 0) -> list[tuple[int, Group]]:
+        """This rank's share of the questions drawn, answered G times each; questions of one volume together."""
         settings, rank = self.settings, self.accelerator.process_index
-        volumes = self.sampler.draw(step, settings.volumes_per_step, settings.questions_per_volume)
-        indices = [i for questions in volumes[rank :: self.accelerator.num_processes] for i in questions]
+        chosen = self.sampler.draw(step, volumes, settings.questions_per_volume, again)
+        indices = [i for questions in chosen[rank :: self.accelerator.num_processes] for i in questions]
         prompts = [self.task.prompt(i, settings.max_completion_length) for i in indices]
         seeds = [group_seed(self.config.seed, step, prompt.example_id) for prompt in prompts]
         sampling = Sampling(temperature=settings.temperature, max_tokens=settings.max_completion_length)

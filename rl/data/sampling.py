@@ -43,13 +43,13 @@ class PromptSampler:
             raise ValueError("no example to draw from: the training file is empty or has no graded attribute")
         self.volume_shares /= self.volume_shares.sum()
 
-    def draw(self, step: int, volumes: int, questions_per_volume: int) -> list[list[int]]:
-        """Example indices for one step, one list per volume.
+    def draw(self, step: int, volumes: int, questions_per_volume: int, again: int = 0) -> list[list[int]]:
+        """Example indices for one step, one list per volume. `again` counts further draws in the same step.
 
         Nothing is drawn twice: there are fewer lists when there are fewer volumes, and a list is shorter when its
         volume has fewer questions. (A question drawn twice in a step would be answered with the same seed.)
         """
-        rng = np.random.default_rng([self.seed, step])
+        rng = np.random.default_rng([self.seed, step, again] if again else [self.seed, step])
         count = min(volumes, int((self.volume_shares > 0).sum()))
         chosen = rng.choice(len(self.members), size=count, replace=False, p=self.volume_shares)
         return [self._questions(rng, self.members[v], questions_per_volume) for v in chosen]

@@ -26,6 +26,7 @@ from rl.loss import LOSS_TYPES
 from rl.model import reference_adapter, trainable
 from rl.pipeline import run_embed
 from rl.progress import StageProgress
+from rl.training import Stopwatch
 from rl.validation import Best
 from rollouts.types import Engine, Group, Rollout
 
@@ -67,7 +68,7 @@ def make_trainer(make_config: Callable[..., Config], engine: Engine, accelerator
 
 
 def scored_groups(trainer: GRPOTrainer, step: int = 0) -> list[ScoredGroup]:
-    return trainer.scorer.score(trainer._rollouts(step))
+    return trainer.scorer.score(trainer._rollouts(step, 2))
 
 
 def gradient(trainer: GRPOTrainer, scored: list[ScoredGroup]) -> torch.Tensor:
@@ -211,6 +212,24 @@ def test_a_finished_run_started_again_does_nothing(
     assert train_grpo(config, engine, accelerator) == adapter
     assert records(config) == metrics
     assert all(torch.equal(before[name], tensor) for name, tensor in tensors(adapter).items())
+
+
+def test_groups_without_signal_make_room_for_other_questions(make_trainer: MakeTrainer) -> None:
+    """`output_format` pays random text nothing, so only what `variety` tells apart counts: here, about half of it."""
+    rounds = "grpo.resample_rounds=3"
+    plain, dynamic = make_trainer("grpo.num_generations=2"), make_trainer("grpo.num_generations=2", rounds)
+    before, _ = plain._scored_groups(1, Stopwatch())
+    after, drawn = dynamic._scored_groups(1, Stopwatch())
+    flat = [s.example_index for s in before if not s.has_signal]
+    kept = {s.example_index for s in before if s.has_signal}
+    assert flat  # else nothing is shown here
+    assert drawn > len(before) == len(after)
+    assert kept < {s.example_index for s in after}
+    assert sum(s.has_signal for s in after) > len(kept)
+    assert len({s.example_index for s in after}) == len(after)
+    volumes = [dynamic.task.volume_ids[s.example_index] for s in after]
+    assert volumes == sorted(volumes)  # questions of a volume follow each other
+    assert make_trainer(rounds).step(0)["groups_drawn"] >= len(before)
 
 
 def test_groups_without_signal_are_left_out_without_changing_the_gradient(
@@ -393,7 +412,7 @@ def test_each_step_asks_something_else_and_is_reproducible(make_trainer: MakeTra
     trainer = make_trainer()
 
     def said(step: int) -> list[tuple[int, ...]]:
-        return [r.token_ids for _, group in trainer._rollouts(step) for r in group.rollouts]
+        return [r.token_ids for _, group in trainer._rollouts(step, 2) for r in group.rollouts]
 
     assert said(0) == said(0) != said(1)
     assert len(set(said(0))) == len(said(0))

@@ -26,6 +26,7 @@ RUNS = {
         "rewards.components=[{name: 'WORKSHOP/variety.py:variety', params: {bar: 0}, "
         "schedule: {parameter: bar, to: 0.5, by: 0.5, above: 0.01}}]",
     ],
+    "resampled": ["grpo.num_generations=2", "grpo.resample_rounds=2", "grpo.volumes_per_step=3"],
     # rank 1 has no volume at all
     "idle": ["grpo.volumes_per_step=1", "grpo.mask_truncated_completions=true", "grpo.credit=part"],
 }
@@ -59,7 +60,18 @@ def folder(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", RUNS)
+def test_each_rank_replaces_its_own_groups_without_signal(folder: Path) -> None:
+    """Which questions fill the room depends on the share of a rank, so two ranks are not one here."""
+    for ranks in (1, 2):
+        records, _ = outcome(folder / f"resampled-{ranks}")
+        drawn = [record["groups_drawn"] for record in records]
+        assert len(drawn) == 2
+        assert min(drawn) >= 6
+        assert max(drawn) > 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [run for run in RUNS if run != "resampled"])
 def test_two_ranks_make_the_step_of_one(folder: Path, run: str) -> None:
     (one, one_adapter), (two, two_adapter) = (outcome(folder / f"{run}-{ranks}") for ranks in (1, 2))
     assert len(one) == len(two) == (3 if run == "watched" else 2)  # step 0 is the validation of the start
