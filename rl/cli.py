@@ -149,9 +149,42 @@ def evaluate(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None, a
     print_tables({name: tables(grade_run(run)) for name, run in read_runs(loaded).items()})
 
 
+@app.command(name="import")
+def import_(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="How tables call the run, e.g. o1-zero-shot.")],
+    results: Annotated[
+        list[Path],
+        typer.Option(
+            "--results", metavar="PATH", help="Result file, or folder of shards; may be given several times."
+        ),
+    ],
+    config: ConfigFile = DEFAULT_CONFIG,
+    overrides: Overrides = None,
+) -> None:
+    """Result files of the public 3DReasonKnee baseline as a benchmark run on our items, scored.
+
+    Zero-shot results (one JSON object for a model) and SFT inference (JSON lists in shards). Models of others do not
+    keep our answer format, so they are read by the tolerant reader whatever the recipe says, unless rewards.reader is
+    given here. Items that are not answered count as wrong.
+    """
+    loaded = _load(config, ["rewards.reader=tolerant", *(overrides or [])], needs_model=False)
+    from rl.bench.console import print_tables
+    from rl.bench.metrics import grade_run, tables
+    from rl.pipeline import run_import
+
+    imported = run_import(loaded, name, results)
+    print_tables({name: tables(grade_run(imported.run))})
+    Console(highlight=False).print(imported.summary(), markup=False, soft_wrap=True)
+
+
 @app.command()
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help="SFT, GRPO, base, baseline, or the folder of a run.")],
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A", help="SFT, GRPO, base, baseline, an imported run, or the folder of a run."
+        ),
+    ],
     b: Annotated[str, typer.Argument(metavar="B", help="The run that is compared with it.")],
     config: ConfigFile = DEFAULT_CONFIG,
     overrides: Overrides = None,

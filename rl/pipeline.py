@@ -6,13 +6,14 @@ Every function takes the config and a progress bar and returns what came out and
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from rl.base.train import train_base
-from rl.bench.answers import BenchRun, read_run
-from rl.bench.compare import compare, verdict
+from rl.bench.answers import BenchRun, read_run, reread
+from rl.bench.compare import check_same_items, compare, verdict
 from rl.bench.report import write_report
 from rl.config import Config, ConfigError
 from rl.data.boxes import parse_convention
@@ -24,18 +25,19 @@ from rl.engine import start_engine
 from rl.environment import pick_device
 from rl.evaluate import evaluate, evaluate_baselines, is_current
 from rl.grpo import train_grpo
+from rl.imported import Imported, import_results, imported_folder
 from rl.model import resolve_model
 from rl.progress import StageProgress
 from rl.sft import train_sft
 from rl.stages import STAGES, move_aside, require_finished, sft_adapter, trained_adapters
-from rl.task import feature_dtypes
+from rl.task import feature_dtypes, reader_of
 from rollouts.cache import EmbeddingCache
 from rollouts.embed import embed_examples
 from rollouts.vision import VisionTower
 
 __all__ = ["BASE", "BASELINE", "GRPO", "SFT", "STAGES"]
 
-BASELINE, BASE, SFT, GRPO = "baseline", "base", "SFT", "GRPO"
+OWN_RUNS = (BASELINE, BASE, SFT, GRPO) = ("baseline", "base", "SFT", "GRPO")
 """Names of the runs `eval` makes."""
 
 
@@ -169,28 +171,39 @@ def run_eval(config: Config, progress: StageProgress) -> str:
 def read_runs(config: Config) -> dict[str, BenchRun]:
     """The runs under `<run_dir>/eval`, baselines first."""
     folder = Path(config.run_dir) / "eval"
-    names = [name for name in (BASELINE, BASE, SFT, GRPO) if (folder / name / "run.json").exists()]
-    if not names:
-        raise ConfigError(f"{folder} has no benchmark run; run `reasonknee eval` first")
+    names = [name for name in OWN_RUNS if (folder / name / "run.json").exists()]
     return {name: read_run(folder / name) for name in names}
+
+
+def run_import(config: Config, name: str, paths: Sequence[Path]) -> Imported:
+    """Result files of the public baseline as a run that `compare` knows by this name; see `rl.imported`.
+
+    Raises:
+        ConfigError: the name is one of ours.
+    """
+    if name in OWN_RUNS:
+        raise ConfigError(f"{name!r} is the name of a run that `reasonknee eval` makes; choose another")
+    return import_results(config, name, paths)
 
 
 def run_compare(config: Config, progress: StageProgress, a: str = SFT, b: str = GRPO) -> str:
     """Paired comparison of two runs, verdict and report.
 
     Args:
-        a, b: names of runs of this folder, or folders of other runs.
+        a, b: names of runs of this folder, imported ones included, or folders of other runs.
     Raises:
         ConfigError: there is no such run.
+        CompareError: the runs are not on the same items, or were recorded for different readers. With
+            `rewards.reader=tolerant` all are read so, however they were recorded.
     """
     runs = read_runs(config)
     for name in (a, b):
         if name not in runs:
-            if not (Path(name) / "run.json").exists():
-                raise ConfigError(
-                    f"no run {name!r}: use one of {', '.join(runs)}, or a folder that holds a run.json"
-                )
-            runs[name] = read_run(Path(name))
+            runs[name] = read_run(_folder_of_other_run(config, name, list(runs)))
+    if reader_of(config) == "tolerant":
+        runs = {name: reread(run, "tolerant") for name, run in runs.items()}
+    for run in runs.values():
+        check_same_items(runs[a], run)
     progress.log(f"resampling patients {config.compare.bootstrap_draws:,} times")
     result = compare(runs[a], runs[b], config.compare, config.seed)
     metrics = Path(config.run_dir) / "grpo" / "metrics.jsonl"
@@ -202,3 +215,11 @@ def run_compare(config: Config, progress: StageProgress, a: str = SFT, b: str = 
         parse_convention(config.data.box_convention).axes,
     )
     return f"{verdict(result)}\nreport and tables in {report}"
+
+
+def _folder_of_other_run(config: Config, name: str, known: Sequence[str]) -> Path:
+    for folder in (imported_folder(config, name), Path(name)):
+        if (folder / "run.json").exists():
+            return folder
+    others = f"use one of {', '.join(known)}" if known else "run `reasonknee eval` first"
+    raise ConfigError(f"no run {name!r}: {others}, or name an imported run or a folder that holds a run.json")

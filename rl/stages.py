@@ -258,7 +258,7 @@ def comparison_of(a: str, b: str) -> Stage:
     """The comparison of two runs, by their names in the benchmark or by their folders."""
 
     def what_it_reads(config: Config) -> Inputs:
-        chosen = {"runs": [a, b], **inputs.settings(config, "seed", "compare")}
+        chosen = {"runs": [a, b], **inputs.settings(config, "seed", "compare", "rewards.reader")}
         return Inputs(chosen, inputs.run_files(Path(config.run_dir) / "eval"))
 
     def run(config: Config, progress: StageProgress) -> str | None:

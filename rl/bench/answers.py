@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from rl.errors import staged
 
 ANSWERS_FILE = "answers.parquet"
 META_FILE = "run.json"
+
+MISSING, ERROR = "missing", "error"
+"""`finish_reason` of an item without an answer: nobody gave one, or something failed. The completion is empty."""
 
 SCHEMA = pl.Schema(
     {
@@ -73,7 +76,8 @@ class AnswerRow:
     """Six inclusive voxel indices in text order: slice, slice, x, x, y, y. None when there is no true box."""
     completion: str
     finish_reason: str
-    """Why decoding ended (`stop`, `length`), or what stands in for a model (`baseline`)."""
+    """Why decoding ended (`stop`, `length`), what stands in for a model (`baseline`, `imported`), or why there is no
+    answer (`missing`, `error`)."""
     reader: ReaderMode
     item_hash: str
     """`item_hash` of question, volume, truth and reader: answers may be compared only where it is equal."""
@@ -127,7 +131,7 @@ class RunMeta:
         if self.decoding.get("temperature") == 0:
             rest = [f"max_tokens {self.decoding['max_tokens']:g}"] if "max_tokens" in self.decoding else []
             return ", ".join(["greedy decoding", *rest])
-        return f"sampled with {', '.join(rest)}" if rest else "no decoding"
+        return f"sampled with {', '.join(rest)}" if rest else "decoding not recorded"
 
 
 @dataclass(frozen=True)
@@ -216,6 +220,18 @@ def make_run(rows: Iterable[AnswerRow], meta: RunMeta) -> BenchRun:
     run = BenchRun(counted, answers)
     _check(run, f"run {meta.name!r}")
     return run
+
+
+def reread(run: BenchRun, reader: ReaderMode) -> BenchRun:
+    """The same answers, to be read by this reader: rows, hashes and `meta` say so."""
+    columns = ("question_id", "volume_id", "shape", "truth_grades", "truth_bbox")
+    contents = zip(*(run.answers[name].to_list() for name in columns), strict=True)
+    hashes = [
+        item_hash(question_id, volume_id, shape, grades, bbox, reader)
+        for question_id, volume_id, shape, grades, bbox in contents
+    ]
+    answers = run.answers.with_columns(reader=pl.lit(reader), item_hash=pl.Series(hashes))
+    return BenchRun(replace(run.meta, reader=reader), answers)
 
 
 def write_run(folder: Path, rows: Iterable[AnswerRow], meta: RunMeta) -> BenchRun:

@@ -112,6 +112,11 @@ def check_same_items(a: BenchRun, b: BenchRun) -> None:
             raise CompareError(
                 f"runs {names} differ in {field}: {_short(ours)} against {_short(theirs)}; evaluate both again "
                 "with the same test file, question set and reader"
+                + (
+                    "; or add rewards.reader=tolerant, which reads all as they are stored"
+                    if field == "reader"
+                    else ""
+                )
             )
     columns = [
         "example_id",

@@ -22,7 +22,7 @@ from rewards.functions import rule_violations
 from rewards.ontology import QUESTIONS
 from rewards.reading import read_answer
 from rewards.types import Problem
-from rl.bench.answers import BenchRun, RunMeta, row_example
+from rl.bench.answers import ERROR, MISSING, BenchRun, RunMeta, row_example
 from rl.bench.endpoints import Cell, count, endpoints, grades_of, value
 from rl.bench.further import by_attribute, further_measures, recall_per_grade
 
@@ -101,10 +101,12 @@ class Tables:
     def failures(self) -> str:
         """What counted as wrong unread, and what was left out, in words."""
         c = self.counts
+        unanswered = f", those of {c['missing']:,} unanswered and {c['errors']:,} failed items among them"
         return (
             f"{c['unread_grades']:,} of {c['graded_attributes']:,} grades and {c['unread_boxes']:,} of "
-            f"{c['true_boxes']:,} boxes could not be read and count as wrong; {c['truncated']:,} answers hit the "
-            f"length limit; left out for want of a truth: {c['missing_true_grades']:,} grades, "
+            f"{c['true_boxes']:,} boxes could not be read and count as wrong"
+            f"{unanswered if c['missing'] or c['errors'] else ''}; {c['truncated']:,} answers hit the length "
+            f"limit; left out for want of a truth: {c['missing_true_grades']:,} grades, "
             f"{c['missing_true_boxes']:,} boxes"
         )
 
@@ -265,6 +267,8 @@ def _tally(graded: Graded) -> dict[str, int]:
         "unread_boxes": int((has_box & ~items["box_read"]).sum()),
         "not_strict": int((~items["strict"]).sum()),
         "truncated": int((items["finish_reason"] == "length").sum()),
+        "missing": int((items["finish_reason"] == MISSING).sum()),
+        "errors": int((items["finish_reason"] == ERROR).sum()),
     }
 
 

@@ -211,6 +211,7 @@ def reading_table(by_run: Mapping[str, Tables]) -> TableView:
             _cell(t.values["strict"][OVERALL]),
             f"{c['unread_grades']:,} of {c['graded_attributes']:,}",
             f"{c['unread_boxes']:,} of {c['true_boxes']:,}",
+            f"{c['missing'] + c['errors']:,}",
             f"{c['truncated']:,}",
             f"{c['missing_true_grades']:,}",
             f"{c['missing_true_boxes']:,}",
@@ -218,12 +219,14 @@ def reading_table(by_run: Mapping[str, Tables]) -> TableView:
         rows.append(Row(cells, _kind(t.meta)))
     return TableView(
         "Reading the answers",
-        f"{_header(by_run)}. Unread grades and boxes count as wrong; a missing truth is left out.",
+        f"{_header(by_run)}. Unread grades and boxes count as wrong, those of items without any answer among them; a "
+        "missing truth is left out.",
         (
             "Run",
             "Strict",
             "Unread grades",
             "Unread boxes",
+            "No answer",
             "At length limit",
             "No true grade",
             "No true box",

@@ -138,7 +138,7 @@ def test_decoding_is_said_in_words(meta):
     assert meta("x").decoding_words == "greedy decoding, max_tokens 128"
     sampled = dataclasses.replace(meta("x"), decoding={"temperature": 0.7, "top_p": 0.9})
     assert sampled.decoding_words == "sampled with temperature 0.7, top_p 0.9"
-    assert dataclasses.replace(meta("x"), decoding={}).decoding_words == "no decoding"
+    assert dataclasses.replace(meta("x"), decoding={}).decoding_words == "decoding not recorded"
 
 
 def test_lists_survive_as_integers(tmp_path, run):

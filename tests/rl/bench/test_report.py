@@ -100,6 +100,16 @@ def test_tables_show_runs_baselines_and_published_rows(page):
         assert words in page.words
 
 
+def test_published_rows_have_a_dash_where_the_paper_gives_nothing_and_no_difference(built):
+    text = (built[0].parent / "tables.md").read_text()
+    paper, _, differences = text.partition("## Differences")
+    assert "| Paper: o1, zero-shot | 0.479 | 0.553 | 0.353 | 0.332 | 0.476 | 0.477 | – |" in paper  # no Macro
+    assert (
+        "| Paper: Med3DVLM | 0.298 | 0.314 | 0.359 | 0.197 | 0.319 | 0.384 | 0.470 | – |" in paper
+    )  # no Overall
+    assert "Paper" not in differences
+
+
 def test_an_empty_column_is_printed_as_empty(page):
     assert "empty" in page.words
 
