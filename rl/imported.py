@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rl.answering import run_meta, split_of
 from rl.bench.answers import ERROR, MISSING, BenchRun, answer_row, write_run
 from rl.config import Config, ConfigError
 from rl.data.examples import Examples, load_examples
 from rl.data.results import Entry, Results, ResultsError, read_results
 from rl.errors import staged
-from rl.evaluate import limited, run_meta, split_of
+from rl.evaluate import limited
 from rl.stages import move_aside
 from rl.task import reader_of
 
