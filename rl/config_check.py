@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rewards.suite import RewardSuite
 from rl.bench.endpoints import MEASURES
@@ -26,7 +28,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.reasoning": ("required", "none"),
     "embed.dtype": ("auto", "float32", "bfloat16"),
-    "engine.kind": ("vllm", "hf"),
+    "engine.kind": ("vllm", "hf", "openai"),
     "rewards.reader": ("strict", "tolerant"),
     "rewards.on_error": ("raise", "score_none"),
     "grpo.loss_type": ("grpo", "dr_grpo", "dapo", "bnpo"),
@@ -46,6 +48,7 @@ MAY_BE_ZERO = frozenset(
         *("sft.steps_per_epoch", "sft.warmup_ratio", "sft.weight_decay", "sft.max_seconds"),
         *("grpo.beta", "grpo.epsilon", "grpo.epsilon_high", "grpo.warmup_steps", "grpo.weight_decay"),
         *("grpo.eval_steps", "eval.temperature", "eval.max_examples"),
+        *("openai.requests_per_minute", "openai.retries"),
         *("ray.gpus_per_worker", "ray.gpus_per_engine"),
     }
 )
@@ -55,6 +58,9 @@ PROMPT_TEXT_TOKENS = 384
 """Allowance for the text of a prompt (system turn, question, answer template) under Qwen's tokenizer."""
 
 QUESTION_IDS = range(1, 70)
+
+OWN_RUNS = ("baseline", "base", "SFT", "GRPO")
+"""Names of the runs `eval` makes of the baselines and of the models of a run, in the order of the tables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +143,7 @@ def validate(config: Config, *, needs_model: bool = True) -> None:
         *_data(config),
         *_view(config),
         *_model(config),
+        *_openai(config),
         *_rewards(config),
         *_grpo(config),
         *_ray(config),
@@ -223,6 +230,25 @@ def _model(config: Config) -> Iterator[str]:
         yield f"engine.gpu_memory_utilization is {config.engine.gpu_memory_utilization}: it must be in (0, 1]"
 
 
+def _openai(config: Config) -> Iterator[str]:
+    if config.engine.kind != "openai":
+        return
+    endpoint = config.openai
+    if not endpoint.model:
+        yield "openai.model is empty: name a model that the endpoint serves"
+    elif endpoint.model in OWN_RUNS:
+        yield f"openai.model is {endpoint.model!r}, which tables call a run of this project: serve it by another name"
+    # what may be a secret in the wrong place is not repeated
+    url = urlsplit(endpoint.base_url)
+    if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.query:
+        yield "openai.base_url must be like https://HOST/v1, without user, password or query"
+    if not re.fullmatch("[A-Z_][A-Z0-9_]*", endpoint.api_key_env):
+        yield (
+            "openai.api_key_env must be the name of an environment variable, in capitals, as OPENAI_API_KEY is; "
+            "the key itself goes into that variable"
+        )
+
+
 def _rewards(config: Config) -> Iterator[str]:
     if not any(component.weight > 0 for component in config.rewards.components):
         yield "rewards.components has no positive weight: there is nothing to learn"
@@ -296,6 +322,8 @@ def _geometry(config: Config) -> Iterator[str]:
                 f"view.{field} is {pixels}: {config.model.path} needs a multiple of {edge} "
                 f"(patch {geometry.patch_size} x merge {geometry.merge_size}), for example {near}"
             )
+    if config.engine.kind == "openai":  # served with a context of its own
+        return
     grid = visual_grid(config, geometry)
     visual = math.prod(grid)
     completion = max(config.grpo.max_completion_length, config.eval.max_completion_length)

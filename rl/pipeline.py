@@ -12,9 +12,10 @@ from accelerate import Accelerator
 
 from rl.base.train import train_base
 from rl.bench.answers import BenchRun, read_run
-from rl.bench.compare import compare, verdict
+from rl.bench.compare import CompareError, check_same_items, compare, verdict
 from rl.bench.report import write_report
 from rl.config import Config, ConfigError
+from rl.config_check import OWN_RUNS
 from rl.data.boxes import parse_convention
 from rl.data.check import require_best_convention
 from rl.data.examples import load_examples
@@ -27,7 +28,14 @@ from rl.grpo import train_grpo
 from rl.model import resolve_model
 from rl.progress import StageProgress
 from rl.sft import train_sft
-from rl.stages import STAGES, move_aside, require_finished, sft_adapter, trained_adapters
+from rl.stages import (
+    STAGES,
+    move_aside,
+    require_finished,
+    served_folder,
+    sft_adapter,
+    trained_adapters,
+)
 from rl.task import feature_dtypes
 from rollouts.cache import EmbeddingCache
 from rollouts.embed import embed_examples
@@ -35,8 +43,7 @@ from rollouts.vision import VisionTower
 
 __all__ = ["BASE", "BASELINE", "GRPO", "SFT", "STAGES"]
 
-BASELINE, BASE, SFT, GRPO = "baseline", "base", "SFT", "GRPO"
-"""Names of the runs `eval` makes."""
+BASELINE, BASE, SFT, GRPO = OWN_RUNS
 
 
 def run_phantom(config: Config, progress: StageProgress) -> str:
@@ -165,13 +172,46 @@ def run_eval(config: Config, progress: StageProgress) -> str:
     return f"answers of {', '.join([BASELINE, *adapters])} in {folder}"
 
 
+def run_served(config: Config, progress: StageProgress) -> str:
+    """The benchmark for a model behind an endpoint."""
+    from rl.bench.served import evaluate_served  # its client takes seconds to load
+
+    folder, model = served_folder(config), config.openai.model
+    run = evaluate_served(config, folder, lambda done, total: progress.update(done, total, "answers"))
+    return f"{run.meta.n} answers of {model} in {folder}"
+
+
 def read_runs(config: Config) -> dict[str, BenchRun]:
-    """The runs under `<run_dir>/eval`, baselines first."""
-    folder = Path(config.run_dir) / "eval"
-    names = [name for name in (BASELINE, BASE, SFT, GRPO) if (folder / name / "run.json").exists()]
-    if not names:
-        raise ConfigError(f"{folder} has no benchmark run; run `reasonknee eval` first")
-    return {name: read_run(folder / name) for name in names}
+    """The runs of this folder that belong in one table: its own, baselines first, then those of served models.
+
+    The items are those of its own runs, or, where `engine.kind` is openai, those the served model was asked.
+
+    Raises:
+        ConfigError: there is none yet.
+    """
+    run_dir = Path(config.run_dir)
+    own = {
+        name: read_run(run_dir / "eval" / name)
+        for name in OWN_RUNS
+        if (run_dir / "eval" / name / "run.json").exists()
+    }
+    served = {
+        path.parent.name: read_run(path.parent) for path in sorted((run_dir / "served").glob("*/run.json"))
+    }
+    runs = own | served
+    asked = served_folder(config).name if config.engine.kind == "openai" else next(iter(own), "")
+    if asked not in runs:
+        raise ConfigError(f"{run_dir} has no benchmark run; run `reasonknee eval` first")
+    alike = {name: run for name, run in runs.items() if _in_one_table(runs[asked], run)}
+    return alike if config.engine.kind == "openai" else own | alike
+
+
+def _in_one_table(a: BenchRun, b: BenchRun) -> bool:
+    try:
+        check_same_items(a, b)
+    except CompareError:
+        return False
+    return a.meta.max_examples == b.meta.max_examples
 
 
 def run_compare(config: Config, progress: StageProgress, a: str = SFT, b: str = GRPO) -> str:
