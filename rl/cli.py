@@ -140,7 +140,10 @@ def grpo(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None, again
 
 @app.command(name="eval")
 def evaluate(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None, again: Again = False) -> None:
-    """The benchmark on held-out patients for base, SFT and GRPO, next to two baselines that never see the image."""
+    """The benchmark on held-out patients for base, SFT and GRPO, next to two baselines that never see the image.
+
+    With engine.kind=openai, for the model that the section `openai` names, at any OpenAI-compatible endpoint.
+    """
     loaded = _stage("eval", config, overrides, again)
     from rl.bench.console import print_tables
     from rl.bench.metrics import grade_run, tables
@@ -243,9 +246,9 @@ def _stage(
 ) -> Config:
     """Run one stage; `compared` names the two runs of `compare`."""
     loaded = _load(config, overrides, needs_model=name != "phantom")
-    from rl.stages import STAGES, comparison_of, run_stage
+    from rl.stages import comparison_of, run_stage, stage_of
 
-    stage = comparison_of(*compared) if compared else STAGES[name]
+    stage = comparison_of(*compared) if compared else stage_of(loaded, name)
     if run_stage(loaded, stage, again=again, skip=not stage.looks_itself) is None:
         Console(highlight=False).print(
             f"{stage.title}: nothing has changed since it finished; skipped (--again)"

@@ -16,6 +16,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from rl.config_keys import unknown_keys
 from rl.config_layers import ConfigError, in_one_line, read_file, read_override
+from rl.config_openai import OpenAIConfig
 from rl.config_rewards import RewardsConfig
 from rl.errors import staged
 
@@ -115,7 +116,7 @@ class EngineConfig:
     """The rollout engine."""
 
     kind: str = "vllm"
-    """vllm | hf."""
+    """vllm | hf | openai (for `eval` alone: the model that the section `openai` names)."""
     max_model_len: int = 1024
     """Longest prompt plus completion in tokens, visual tokens included."""
     max_num_seqs: int = 256
@@ -320,6 +321,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     embed: EmbedConfig = field(default_factory=EmbedConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    openai: OpenAIConfig = field(default_factory=OpenAIConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)

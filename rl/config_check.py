@@ -7,17 +7,17 @@ problems are reported at once, each with the field, its value and the remedy.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rewards.suite import RewardSuite
 from rl.bench.endpoints import MEASURES
 from rl.config import Config, ConfigError, load_config
+from rl.geometry import vision_geometry, visual_grid
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "data.box_source": ("text", "mask"),
@@ -26,7 +26,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.reasoning": ("required", "none"),
     "embed.dtype": ("auto", "float32", "bfloat16"),
-    "engine.kind": ("vllm", "hf"),
+    "engine.kind": ("vllm", "hf", "openai"),
     "rewards.reader": ("strict", "tolerant"),
     "rewards.on_error": ("raise", "score_none"),
     "grpo.loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo"),
@@ -50,10 +50,12 @@ MAY_BE_ZERO = frozenset(
             "grpo.epsilon",
             "grpo.epsilon_high",
             "grpo.delta",
+            "grpo.resample_rounds",
             "grpo.warmup_steps",
             "grpo.weight_decay",
         ),
         *("grpo.eval_steps", "eval.temperature", "eval.max_examples"),
+        *("openai.requests_per_minute", "openai.retries"),
         *("ray.gpus_per_worker", "ray.gpus_per_engine"),
     }
 )
@@ -64,70 +66,8 @@ PROMPT_TEXT_TOKENS = 384
 
 QUESTION_IDS = range(1, 70)
 
-
-@dataclass(frozen=True, slots=True)
-class VisionGeometry:
-    """What the vision tower makes of pixels."""
-
-    patch_size: int
-    merge_size: int
-    temporal_patch_size: int
-    hidden_size: int
-    """Width of a visual token as the language model receives it."""
-    tokens_per_second: float
-
-    @property
-    def pixels_per_token(self) -> int:
-        """Edge of the square of pixels behind one visual token."""
-        return self.patch_size * self.merge_size
-
-
-QWEN2_5_VL = {
-    "Qwen/Qwen2.5-VL-3B-Instruct": VisionGeometry(14, 2, 2, 2048, 2.0),
-    "Qwen/Qwen2.5-VL-7B-Instruct": VisionGeometry(14, 2, 2, 3584, 2.0),
-}
-"""Known here so that a recipe can be checked before its weights are downloaded."""
-
-
-def vision_geometry(model_path: str) -> VisionGeometry | None:
-    """Geometry of the model a config names; None for a Hugging Face id that is not known here.
-
-    Raises:
-        ConfigError: a folder whose `config.json` is no Qwen2.5-VL configuration, or `builtin:base` without its files.
-    """
-    if model_path in QWEN2_5_VL:
-        return QWEN2_5_VL[model_path]
-    if model_path == "builtin:base":
-        packaged = files("rl") / "assets" / "base" / "config.json"
-        if not packaged.is_file():
-            raise ConfigError(
-                f"model.path is 'builtin:base' but {packaged} is missing: install the package again"
-            )
-        return _geometry_of(json.loads(packaged.read_text(encoding="utf-8")), model_path)
-    config_file = Path(model_path) / "config.json"
-    if config_file.is_file():
-        return _geometry_of(json.loads(config_file.read_text(encoding="utf-8")), str(config_file))
-    return None
-
-
-def visual_grid(config: Config, geometry: VisionGeometry, slices: int | None = None) -> tuple[int, int, int]:
-    """Visual tokens along (slices, rows, columns) that one volume becomes.
-
-    Args:
-        slices: slices of the volume's file; by default those of `view.crop`, else of `phantom.shape`.
-    """
-    view = config.view
-    if view.crop:
-        slices = view.crop[1] - view.crop[0]
-    elif slices is None:
-        slices = config.phantom.shape[2]
-    frames = math.ceil(math.ceil(slices / view.slice_stride) / geometry.temporal_patch_size)
-    return frames, view.height // geometry.pixels_per_token, view.width // geometry.pixels_per_token
-
-
-def cache_bytes(config: Config, geometry: VisionGeometry, volumes: int, bytes_per_number: int = 2) -> int:
-    """Size of the embedding cache: tokens x hidden size x bytes x volumes."""
-    return math.prod(visual_grid(config, geometry)) * geometry.hidden_size * bytes_per_number * volumes
+OWN_RUNS = ("baseline", "base", "SFT", "GRPO")
+"""Names of the runs `eval` makes of the baselines and of the models of a run, in the order of the tables."""
 
 
 def validate(config: Config, *, needs_model: bool = True) -> None:
@@ -145,6 +85,7 @@ def validate(config: Config, *, needs_model: bool = True) -> None:
         *_data(config),
         *_view(config),
         *_model(config),
+        *_openai(config),
         *_rewards(config),
         *_grpo(config),
         *_ray(config),
@@ -229,6 +170,25 @@ def _model(config: Config) -> Iterator[str]:
         yield "model.lora.target_modules is empty: nothing would be trained"
     if not 0 < config.engine.gpu_memory_utilization <= 1:
         yield f"engine.gpu_memory_utilization is {config.engine.gpu_memory_utilization}: it must be in (0, 1]"
+
+
+def _openai(config: Config) -> Iterator[str]:
+    if config.engine.kind != "openai":
+        return
+    endpoint = config.openai
+    if not endpoint.model:
+        yield "openai.model is empty: name a model that the endpoint serves"
+    elif endpoint.model in OWN_RUNS:
+        yield f"openai.model is {endpoint.model!r}, which tables call a run of this project: serve it by another name"
+    # what may be a secret in the wrong place is not repeated
+    url = urlsplit(endpoint.base_url)
+    if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.query:
+        yield "openai.base_url must be like https://HOST/v1, without user, password or query"
+    if not re.fullmatch("[A-Z_][A-Z0-9_]*", endpoint.api_key_env):
+        yield (
+            "openai.api_key_env must be the name of an environment variable, in capitals, as OPENAI_API_KEY is; "
+            "the key itself goes into that variable"
+        )
 
 
 def _rewards(config: Config) -> Iterator[str]:
@@ -328,6 +288,8 @@ def _geometry(config: Config) -> Iterator[str]:
                 f"view.{field} is {pixels}: {config.model.path} needs a multiple of {edge} "
                 f"(patch {geometry.patch_size} x merge {geometry.merge_size}), for example {near}"
             )
+    if config.engine.kind == "openai":  # served with a context of its own
+        return
     grid = visual_grid(config, geometry)
     visual = math.prod(grid)
     completion = max(config.grpo.max_completion_length, config.eval.max_completion_length)
@@ -339,23 +301,6 @@ def _geometry(config: Config) -> Iterator[str]:
             f"+ {completion} for the completion; raise it, or show less of the volume (view.slice_stride, "
             "view.height, view.width)"
         )
-
-
-def _geometry_of(model_config: dict[str, Any], origin: str) -> VisionGeometry:
-    vision = model_config.get("vision_config", {})
-    missing = {"patch_size", "spatial_merge_size", "temporal_patch_size", "out_hidden_size"} - set(vision)
-    if missing:
-        raise ConfigError(
-            f"model.path: {origin} is no Qwen2.5-VL configuration: "
-            f"vision_config lacks {', '.join(sorted(missing))}"
-        )
-    return VisionGeometry(
-        patch_size=vision["patch_size"],
-        merge_size=vision["spatial_merge_size"],
-        temporal_patch_size=vision["temporal_patch_size"],
-        hidden_size=vision["out_hidden_size"],
-        tokens_per_second=vision.get("tokens_per_second", 2.0),
-    )
 
 
 def _numbers(section: Any, prefix: str) -> Iterator[tuple[str, float]]:

@@ -16,6 +16,7 @@ from rl.bench.answers import BenchRun, read_run, reread
 from rl.bench.compare import check_same_items, compare, verdict
 from rl.bench.report import write_report
 from rl.config import Config, ConfigError
+from rl.config_check import OWN_RUNS
 from rl.data.boxes import parse_convention
 from rl.data.check import require_best_convention
 from rl.data.examples import load_examples
@@ -29,7 +30,14 @@ from rl.imported import Imported, import_results, imported_folder
 from rl.model import resolve_model
 from rl.progress import StageProgress
 from rl.sft import train_sft
-from rl.stages import STAGES, move_aside, require_finished, sft_adapter, trained_adapters
+from rl.stages import (
+    STAGES,
+    move_aside,
+    require_finished,
+    served_folder,
+    sft_adapter,
+    trained_adapters,
+)
 from rl.task import feature_dtypes, reader_of
 from rollouts.cache import EmbeddingCache
 from rollouts.embed import embed_examples
@@ -37,8 +45,7 @@ from rollouts.vision import VisionTower
 
 __all__ = ["BASE", "BASELINE", "GRPO", "SFT", "STAGES"]
 
-OWN_RUNS = (BASELINE, BASE, SFT, GRPO) = ("baseline", "base", "SFT", "GRPO")
-"""Names of the runs `eval` makes."""
+BASELINE, BASE, SFT, GRPO = OWN_RUNS
 
 
 def run_phantom(config: Config, progress: StageProgress) -> str:
@@ -168,11 +175,22 @@ def run_eval(config: Config, progress: StageProgress) -> str:
     return f"answers of {', '.join([BASELINE, *adapters])} in {folder}"
 
 
+def run_served(config: Config, progress: StageProgress) -> str:
+    """The benchmark for a model behind an endpoint."""
+    from rl.bench.served import evaluate_served  # its client takes seconds to load
+
+    folder, model = served_folder(config), config.openai.model
+    run = evaluate_served(config, folder, lambda done, total: progress.update(done, total, "answers"))
+    return f"{run.meta.n} answers of {model} in {folder}"
+
+
 def read_runs(config: Config) -> dict[str, BenchRun]:
-    """The runs under `<run_dir>/eval`, baselines first."""
+    """The runs that `eval` makes with this configuration, as far as they exist; baselines first."""
+    if config.engine.kind == "openai":
+        folder = served_folder(config)
+        return {folder.name: read_run(folder)}
     folder = Path(config.run_dir) / "eval"
-    names = [name for name in OWN_RUNS if (folder / name / "run.json").exists()]
-    return {name: read_run(folder / name) for name in names}
+    return {name: read_run(folder / name) for name in OWN_RUNS if (folder / name / "run.json").exists()}
 
 
 def run_import(config: Config, name: str, paths: Sequence[Path]) -> Imported:
@@ -190,7 +208,7 @@ def run_compare(config: Config, progress: StageProgress, a: str = SFT, b: str = 
     """Paired comparison of two runs, verdict and report.
 
     Args:
-        a, b: names of runs of this folder, imported ones included, or folders of other runs.
+        a, b: names of runs of this folder, those of served models and imported ones included, or other folders.
     Raises:
         ConfigError: there is no such run.
         CompareError: the runs are not on the same items, or were recorded for different readers. With
@@ -218,8 +236,11 @@ def run_compare(config: Config, progress: StageProgress, a: str = SFT, b: str = 
 
 
 def _folder_of_other_run(config: Config, name: str, known: Sequence[str]) -> Path:
-    for folder in (imported_folder(config, name), Path(name)):
+    run_dir = Path(config.run_dir)
+    for folder in (run_dir / "served" / name, imported_folder(config, name), Path(name)):
         if (folder / "run.json").exists():
             return folder
     others = f"use one of {', '.join(known)}" if known else "run `reasonknee eval` first"
-    raise ConfigError(f"no run {name!r}: {others}, or name an imported run or a folder that holds a run.json")
+    raise ConfigError(
+        f"no run {name!r}: {others}, or name a served model, an imported run or a folder that holds a run.json"
+    )

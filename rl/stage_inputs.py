@@ -22,7 +22,8 @@ WITHOUT_EFFECT = frozenset(
     {
         *("data.root", "embed.cache_dir", "phantom.out_dir", "model.device", "model.gradient_checkpointing"),
         *("grpo.save_steps", "grpo.max_tokens_per_microbatch"),
-        *("grpo.probe_tolerance", "grpo.probe_tolerance_bf16"),
+        *("grpo.probe_tolerance", "grpo.probe_tolerance_bf16", "openai.api_key_env", "openai.concurrency"),
+        *("openai.requests_per_minute", "openai.retries", "openai.timeout_s"),
     }
 )
 """Settings that say where, how fast or how closely watched, and not what is computed: a run goes on when one of
@@ -126,10 +127,11 @@ def reward_files(config: Config) -> dict[str, str]:
     }
 
 
-def run_files(folder: Path) -> dict[str, str]:
-    """Benchmark runs under `folder`, by content."""
+def run_files(folders: Iterable[Path]) -> dict[str, str]:
+    """Benchmark runs under these folders, by content."""
     return {
-        f"eval/{path.parent.name}/{path.name}": _content(path)
+        f"{folder.name}/{path.parent.name}/{path.name}": _content(path)
+        for folder in folders
         for pattern in ("*/run.json", "*/answers.parquet")
         for path in sorted(folder.glob(pattern))
     }

@@ -22,7 +22,7 @@ from typing import Literal
 
 from rewards.errors import ReasonKneeError
 from rl import stage_inputs as inputs
-from rl.config import Config, save_config
+from rl.config import Config, ConfigError, save_config
 from rl.data.phantom.marker import refuse_other_data
 from rl.errors import staged
 from rl.progress import StageProgress, clock
@@ -145,9 +145,12 @@ def move_aside(run_dir: Path, label: str, paths: Sequence[Path]) -> Path:
     return target
 
 
+_FIGURES = ("metrics.jsonl", "run.json", "journal.jsonl")
+
+
 def _has_figures(results: Sequence[Path]) -> bool:
     """Whether anything was computed: not so in the folder of a run that stopped at a missing file, say."""
-    return any(any(path.rglob(name)) for path in results for name in ("metrics.jsonl", "run.json"))
+    return any(any(path.rglob(name)) for path in results for name in _FIGURES)
 
 
 def _refusal(stage: Stage, former: Sequence[Path], changes: Sequence[str]) -> str:
@@ -222,6 +225,11 @@ def _sft_inputs(config: Config) -> Inputs:
 
 
 def _grpo_inputs(config: Config) -> Inputs:
+    if config.engine.kind == "openai":
+        raise ConfigError(
+            "engine.kind is 'openai', which is for `reasonknee eval` alone: GRPO needs an engine that takes cached "
+            "features and adapters and gives log-probabilities; set engine.kind to vllm or hf"
+        )
     files = inputs.dataset(config, ("train",)) | inputs.model_files(config) | inputs.reward_files(config)
     files |= inputs.adapter_files(sft_adapter(config), "the SFT adapter")
     chosen = inputs.settings(config, *_TASK, "grpo", "rewards", "engine.kind")
@@ -254,12 +262,38 @@ def _in_run(*names: str) -> Callable[[Config], list[Path]]:
     return lambda config: [Path(config.run_dir) / name for name in names]
 
 
+def served_folder(config: Config) -> Path:
+    """Where the benchmark run of the served model is, apart from those of the models of this run."""
+    return Path(config.run_dir) / "served" / config.openai.model.replace("/", "--")
+
+
+def _served_inputs(config: Config) -> Inputs:
+    chosen = ("seed", "data", "view", "model.reasoning", "eval", "rewards.reader", "openai")
+    files = inputs.dataset(config, ("test" if config.eval.split == "test" else "val",))
+    return Inputs(inputs.settings(config, *chosen), files)
+
+
+def stage_of(config: Config, name: str) -> Stage:
+    """The stage by its name; `eval` may be that of a model served elsewhere."""
+    if name != "eval" or config.engine.kind != "openai":
+        return STAGES[name]
+    folder = served_folder(config)
+    return Stage(
+        f"eval-{folder.name}",
+        f"benchmark of {config.openai.model}",
+        _served_inputs,
+        lambda config: [folder],
+        kept_when_again=True,
+        run=lambda config, progress: _function("served")(config, progress),
+    )
+
+
 def comparison_of(a: str, b: str) -> Stage:
     """The comparison of two runs, by their names in the benchmark or by their folders."""
 
     def what_it_reads(config: Config) -> Inputs:
         chosen = {"runs": [a, b], **inputs.settings(config, "seed", "compare", "rewards.reader")}
-        return Inputs(chosen, inputs.run_files(Path(config.run_dir) / "eval"))
+        return Inputs(chosen, inputs.run_files(_in_run("eval", "served", "imported")(config)))
 
     def run(config: Config, progress: StageProgress) -> str | None:
         return _function("compare")(config, progress, a, b)

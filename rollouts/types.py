@@ -80,7 +80,7 @@ class Group:
 
 
 class Engine(Protocol):
-    """Anything that completes prompts: vLLM, transformers, an OpenAI-compatible endpoint, a Ray pool of them."""
+    """Anything that completes prompts: vLLM, transformers, a Ray pool of them."""
 
     def generate(self, prompts: list[Prompt], n: int, sampling: Sampling, seeds: list[int]) -> list[Group]:
         """`n` completions of each prompt, in the prompts' order. `seeds[i]` is the seed of prompt i's group."""

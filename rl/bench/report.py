@@ -28,9 +28,10 @@ from rl.bench.compare import (
     signed,
     verdict,
 )
+from rl.bench.markup import latex, markdown
 from rl.bench.metrics import Graded, Tables, grade_histogram, grade_run, tables
 from rl.bench.samples import Sample, choose, make_sample
-from rl.bench.views import TableView, all_views, differences_table, latex, markdown
+from rl.bench.views import TableView, all_views, differences_table
 from rl.errors import staged
 
 REPORT_FILE = "report.html"

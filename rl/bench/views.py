@@ -298,64 +298,6 @@ def _power_note(comparison: Comparison) -> str:
     return f"True differences that are found in {POWER:.0%} of cases: {'; '.join(found)}." if found else ""
 
 
-def markdown(view: TableView) -> str:
-    """A GitHub table. Pipes and line breaks in names are escaped."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
-
-    rule = "|---|" + "---:|" * (len(view.columns) - 1)
-    return "\n".join(
-        [
-            f"## {view.title}",
-            "",
-            view.note,
-            "",
-            line(view.columns),
-            rule,
-            *(line(r.cells) for r in view.rows),
-            "",
-        ]
-    )
-
-
-def latex(view: TableView) -> str:
-    """A booktabs table; the note becomes its caption."""
-
-    def line(cells: Sequence[str]) -> str:
-        return " & ".join(_tex(c) for c in cells) + r" \\"
-
-    return "\n".join(
-        [
-            r"\begin{table}",
-            rf"\caption{{{_tex(view.title)}. {_tex(view.note)}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(view.columns) - 1)}}}",
-            r"\toprule",
-            line(view.columns),
-            r"\midrule",
-            *(line(r.cells) for r in view.rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
-
-
-_TEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "≥": r"$\geq$",
-    "−": "$-$",
-}
-_TEX |= {c: "\\" + c for c in "&%$#_{}"}
-
-
-def _tex(text: str) -> str:
-    return "".join(_TEX.get(c, c) for c in text.replace("\n", " "))
-
-
 def _header(by_run: Mapping[str, Tables]) -> str:
     """The header that all rows of a table share.
 

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 
 from rl.config import Config, ConfigError, load_config, save_config
-from rl.config_check import CHOICES, QWEN2_5_VL, cache_bytes, validate, vision_geometry, visual_grid
+from rl.config_check import CHOICES, validate
+from rl.geometry import QWEN2_5_VL, cache_bytes, vision_geometry, visual_grid
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 QWEN_3B = QWEN2_5_VL["Qwen/Qwen2.5-VL-3B-Instruct"]
 VOLUMES = 7_970
 """All volumes of 3DReasonKnee."""
+
+SERVED = ("engine.kind=openai", "openai.model=gpt")
 
 
 def qwen_config(*overrides: str) -> Config:
@@ -161,6 +164,12 @@ def test_a_value_outside_a_choice_names_the_allowed_ones(field: str) -> None:
         (["ray.num_workers=9"], "ray.num_workers is 9: with grpo.volumes_per_step 8"),
         (["sft.validation_volumes=0"], "sft.validation_volumes is 0: it must be greater than 0"),
         (["model.lora.dropout=1"], "model.lora.dropout"),
+        ([*SERVED, "openai.model="], "openai.model is empty"),
+        ([*SERVED, "openai.model=GRPO"], "openai.model is 'GRPO', which tables call"),
+        ([*SERVED, "openai.base_url=localhost:8000/v1"], "openai.base_url must be like https://HOST/v1"),
+        ([*SERVED, "openai.base_url=https://me:pass@host/v1"], "without user, password or query"),
+        ([*SERVED, "openai.api_key_env=sk-secret"], "openai.api_key_env must be the name of an environment"),
+        ([*SERVED, "openai.max_slices=0"], "openai.max_slices is 0: it must be greater than 0"),
         (["compare.confidence=95"], "between 0 and 1"),
         (["phantom.shape=[96,96]"], "three positive numbers"),
     ],
@@ -170,6 +179,14 @@ def test_a_rule_across_fields_says_which_field_which_value_and_what_to_do(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         validate(qwen_config(*overrides))
+
+
+def test_a_secret_in_the_wrong_setting_is_not_repeated() -> None:
+    with pytest.raises(ConfigError) as error:
+        validate(
+            qwen_config(*SERVED, "openai.api_key_env=sk-secret", "openai.base_url=https://me:secret@host")
+        )
+    assert "secret" not in str(error.value)
 
 
 def test_all_problems_are_reported_at_once() -> None:

@@ -1,0 +1,254 @@
+"""ReasonKnee-Bench on a model that is served elsewhere, behind any endpoint that speaks OpenAI's API.
+
+No `Engine`: it takes no cached features and no adapters, and gives no log-probabilities. The model is asked what the
+other engines ask, and is shown the same view of the volume (crop, window, size) as pictures of evenly spaced slices,
+each under its index, because boxes are answered in voxels of the file.
+
+The client of the package `openai` sends a request again that failed for the moment, after growing pauses or the one
+the endpoint asks for. A call that fails in the end is no answer: the next run makes it anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
+from PIL import Image
+from pydantic import BaseModel, Field, ValidationError
+
+from rewards.errors import ReasonKneeError
+from rewards.types import Example
+from rl.bench.answers import BenchRun, answer_row, write_run
+from rl.bench.journal import Entry, Journal
+from rl.config import Config
+from rl.config_openai import OpenAIConfig
+from rl.data.boxes import parse_convention
+from rl.data.examples import load_examples
+from rl.evaluate import OnProgress, limited, run_meta, split_of
+from rl.geometry import vision_geometry
+from rl.task import reader_of, reasoning_of
+from rollouts.prompts import INSTRUCTION, SYSTEM_PROMPT, question_text, volume_header
+from rollouts.volumes import PatchSizes, read_volume, view_frames
+
+FAILURES_IN_A_ROW = 20
+"""After so many failed calls, one after another, the run stops: endpoint, key or model name must be at fault."""
+
+Part = dict[str, Any]
+"""A text or a picture in a message."""
+
+
+class ServedError(ReasonKneeError, RuntimeError):
+    """The endpoint could not be asked, or not for every answer."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is sent about one example."""
+
+    example_id: str
+    body: dict[str, Any]
+    """Of a POST to `/chat/completions`."""
+    key: str
+    """Hash of address and body: of the endpoint, the model, the pictures, the question and the sampling."""
+
+
+def evaluate_served(
+    config: Config, folder: Path, on_progress: OnProgress = lambda done, total: None
+) -> BenchRun:
+    """Ask every question of the split, write `answers.parquet` and `run.json` to `folder`.
+
+    Answers go into `journal.jsonl` beside them as they come; those it has are not asked for.
+
+    Raises:
+        ServedError: no key, or calls that failed; nothing is written then but the journal.
+        rl.bench.journal.JournalError: a damaged line in the journal.
+    """
+    examples = limited(config, load_examples(config, split_of(config)))
+    entries = asyncio.run(_entries(config, examples, Journal(folder / "journal.jsonl"), on_progress))
+    rows = [
+        answer_row(example, entries[i].completion, entries[i].finish_reason, reader_of(config))
+        for i, example in enumerate(examples)
+    ]
+    return write_run(folder, rows, run_meta(config, folder.name, config.openai.model, None, examples))
+
+
+async def _entries(
+    config: Config, examples: Sequence[Example], journal: Journal, on_progress: OnProgress
+) -> dict[int, Entry]:
+    """The answer to each example by its position, all of them in the journal."""
+    entries: dict[int, Entry] = {}
+    failures: list[str] = []
+    in_a_row = 0
+    async for i, outcome in completions(config, examples, journal):
+        if isinstance(outcome, str):
+            failures.append(f"{examples[i].example_id}: {outcome}")
+            in_a_row += 1
+            if in_a_row == FAILURES_IN_A_ROW:
+                break
+        else:
+            if outcome.key not in journal:
+                journal.append(outcome)
+                in_a_row = 0
+            entries[i] = outcome
+            on_progress(len(entries), len(examples))
+    if failures:
+        stopped = f", {in_a_row} in a row, so the run stopped" if in_a_row == FAILURES_IN_A_ROW else ""
+        raise ServedError(
+            f"{len(examples) - len(entries)} of {len(examples)} answers of {config.openai.model} are missing: "
+            f"{len(failures)} calls to {config.openai.base_url} failed{stopped}; the last one, about {failures[-1]}. "
+            f"The other answers are kept in {journal.path}; run the same command again to ask for the missing ones"
+        )
+    return entries
+
+
+async def completions(
+    config: Config, examples: Sequence[Example], journal: Journal
+) -> AsyncIterator[tuple[int, Entry | str]]:
+    """Each example's position and its answer, or why its call failed: those of the journal, others as they come.
+
+    Raises:
+        ServedError: the environment holds no key.
+    """
+    async with _client(config.openai) as client:
+        under_way: set[asyncio.Task[tuple[int, Entry | str]]] = set()
+        for i, request in enumerate(requests(config, examples)):
+            if request.key in journal:
+                yield i, journal[request.key]
+                continue
+            under_way.add(asyncio.create_task(_ask(client, i, request)))
+            if len(under_way) == config.openai.concurrency:
+                done, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    yield task.result()
+        for last in asyncio.as_completed(under_way):
+            yield await last
+
+
+def requests(config: Config, examples: Sequence[Example]) -> Iterator[Request]:
+    """The request of each example. A volume is read once for the questions about it that follow each other."""
+    pictures = lru_cache(maxsize=1)(partial(picture_parts, config))
+    for example in examples:
+        question = f"{question_text(example.question)} {INSTRUCTION[reasoning_of(config)]}"
+        content = [_text(volume_header(example)), *pictures(example.volume.image_path), _text(question)]
+        body = {
+            "model": config.openai.model,
+            "messages": [
+                {"role": "system", "content": SYSTEM_PROMPT},
+                {"role": "user", "content": content},
+            ],
+            "temperature": config.eval.temperature,
+            "max_completion_tokens": config.eval.max_completion_length,
+            "seed": config.seed,
+        }
+        sent = json.dumps([config.openai.base_url, body]).encode()
+        yield Request(example.example_id, body, hashlib.blake2b(sent, digest_size=16).hexdigest())
+
+
+def picture_parts(config: Config, image_path: str) -> list[Part]:
+    """The view of a volume: which voxels its pictures show, then index and picture of each chosen slice.
+
+    Raises:
+        rollouts.volumes.VolumeError, rollouts.volumes.ViewError: the volume cannot be read, or shown in this view.
+    """
+    geometry = vision_geometry(config.model.path)
+    sizes = PatchSizes(geometry.patch_size, geometry.merge_size) if geometry else None
+    axes = parse_convention(config.data.box_convention).axes
+    shown = view_frames(read_volume(image_path), config.view, *axes, sizes)
+    _, _, left, right, top, bottom = shown.geometry.crop.to_text()
+    parts = [
+        _text(
+            f"Each picture is the slice whose index precedes it; x runs from {left} at its left edge to {right} at its "
+            f"right edge, y from {top} at the top to {bottom} at the bottom."
+        )
+    ]
+    slices = list(dict.fromkeys(shown.geometry.slices))  # the last one may stand there twice
+    for i in evenly_spaced(len(slices), config.openai.max_slices):
+        parts += [_text(f"Slice {slices[i]}:"), _picture(shown.frames_T_H_W[i])]
+    return parts
+
+
+def evenly_spaced(n: int, at_most: int) -> list[int]:
+    """Positions among `n`: the middle of each of `at_most` equal parts, all of them when they are no more."""
+    k = min(n, at_most)
+    return [(2 * i + 1) * n // (2 * k) for i in range(k)]
+
+
+def _text(text: str) -> Part:
+    return {"type": "text", "text": text}
+
+
+def _picture(frame_H_W: torch.Tensor) -> Part:
+    png = io.BytesIO()
+    Image.fromarray(frame_H_W.numpy()).save(png, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+class _Message(BaseModel):
+    content: str | None = None
+    refusal: str | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+    finish_reason: str
+
+
+class _Reply(BaseModel):
+    """What is read of a reply; in the rest servers differ."""
+
+    choices: list[_Choice] = Field(min_length=1)
+
+
+async def _ask(client: AsyncOpenAI, i: int, request: Request) -> tuple[int, Entry | str]:
+    """Position and answer, or what went wrong in one line. What a model says that refuses is its answer."""
+    try:
+        reply = await client.chat.completions.with_raw_response.create(**request.body)
+        choice = _Reply.model_validate_json(reply.content).choices[0]
+    except (OpenAIError, ValidationError) as error:
+        # an endpoint may repeat the key in its complaint
+        return i, " ".join(str(error).replace(client.api_key, "***").split())[:500]
+    said = choice.message.content or choice.message.refusal or ""
+    return i, Entry(request.key, request.example_id, said, choice.finish_reason)
+
+
+def _client(settings: OpenAIConfig) -> AsyncOpenAI:
+    key = os.environ.get(settings.api_key_env, "").strip()
+    if not key:
+        raise ServedError(
+            f"the environment variable {settings.api_key_env}, which openai.api_key_env names, is not set; put the "
+            "endpoint's key into it (any word for one that asks for none)"
+        )
+    return AsyncOpenAI(
+        api_key=key,
+        base_url=settings.base_url,
+        timeout=settings.timeout_s,
+        max_retries=settings.retries,
+        http_client=DefaultAsyncHttpxClient(event_hooks={"request": [_Pace(settings.requests_per_minute)]}),
+    )
+
+
+class _Pace:
+    """Called before each request is sent, the repeated ones too: waits until it may go."""
+
+    def __init__(self, per_minute: float) -> None:
+        self._gap_s = 60 / per_minute if per_minute else 0.0
+        self._next = 0.0
+
+    async def __call__(self, request: object) -> None:
+        now = time.monotonic()
+        start = max(now, self._next)
+        self._next = start + self._gap_s
+        await asyncio.sleep(start - now)
