@@ -140,7 +140,7 @@ def grpo(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None, again
 
 @app.command(name="eval")
 def evaluate(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None, again: Again = False) -> None:
-    """The benchmark on held-out patients for base, SFT and GRPO, next to two baselines that never see the image.
+    """The benchmark on held-out patients for base, SFT and GRPO, next to baselines that never see the image.
 
     With engine.kind=openai, for the model that the section `openai` names, at any OpenAI-compatible endpoint.
     """

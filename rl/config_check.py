@@ -66,7 +66,7 @@ PROMPT_TEXT_TOKENS = 384
 
 QUESTION_IDS = range(1, 70)
 
-OWN_RUNS = ("baseline", "base", "SFT", "GRPO")
+OWN_RUNS = ("baseline", "prior", "base", "SFT", "GRPO")
 """Names of the runs `eval` makes of the baselines and of the models of a run, in the order of the tables."""
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rl.answering import ask, run_meta, split_of
 from rl.bench.answers import BenchRun, write_run
-from rl.bench.baselines import BASELINE_MODEL, baseline_rows, fit_baselines
+from rl.bench.baselines import BASELINE_MODEL, PRIOR_MODEL, baseline_rows, fit_baselines, prior_rows
 from rl.config import Config
 from rl.data.examples import Examples, load_examples
 from rl.stage_inputs import Inputs
@@ -64,12 +64,19 @@ def _inputs(config: Config, adapter: Path | None) -> Inputs:
     return eval_inputs(config, {"this run": adapter} if adapter else {})
 
 
-def evaluate_baselines(config: Config, folder: Path) -> BenchRun:
-    """Train-majority grades with train-mean boxes, graded like a model."""
+def evaluate_baselines(config: Config, folder: Path) -> dict[str, BenchRun]:
+    """What never sees the image, graded like a model: the runs `baseline` and `prior` under `folder`."""
     examples = limited(config, load_examples(config, split_of(config)))
     fitted = fit_baselines(load_examples(config, "train"))
-    rows = baseline_rows(fitted, examples, reader_of(config), reasoning_of(config))
-    return write_run(folder, rows, run_meta(config, "baseline", BASELINE_MODEL, None, examples))
+    how = reader_of(config), reasoning_of(config)
+    made = {
+        "baseline": (BASELINE_MODEL, baseline_rows(fitted, examples, *how)),
+        "prior": (PRIOR_MODEL, prior_rows(fitted, examples, *how, config.seed)),
+    }
+    return {
+        name: write_run(folder / name, rows, run_meta(config, name, model, None, examples))
+        for name, (model, rows) in made.items()
+    }
 
 
 def limited(config: Config, examples: Examples) -> Examples:

@@ -45,7 +45,7 @@ from rollouts.vision import VisionTower
 
 __all__ = ["BASE", "BASELINE", "GRPO", "SFT", "STAGES"]
 
-BASELINE, BASE, SFT, GRPO = OWN_RUNS
+BASELINE, PRIOR, BASE, SFT, GRPO = OWN_RUNS
 
 
 def run_phantom(config: Config, progress: StageProgress) -> str:
@@ -148,7 +148,7 @@ def show_grpo(record: dict[str, float], progress: StageProgress) -> None:
 def run_eval(config: Config, progress: StageProgress) -> str:
     """The benchmark for base, SFT and GRPO (those that exist), next to the baselines."""
     folder = Path(config.run_dir) / "eval"
-    evaluate_baselines(config, folder / BASELINE)
+    evaluate_baselines(config, folder)
     adapters: dict[str, Path | None] = {BASE: None, **trained_adapters(config)}
     wanted = {
         name: adapter for name, adapter in adapters.items() if not is_current(config, adapter, folder / name)
@@ -172,7 +172,7 @@ def run_eval(config: Config, progress: StageProgress) -> str:
                 evaluate(config, engine, name, adapter, folder / name, show)
         finally:
             engine.close()
-    return f"answers of {', '.join([BASELINE, *adapters])} in {folder}"
+    return f"answers of {', '.join([BASELINE, PRIOR, *adapters])} in {folder}"
 
 
 def run_served(config: Config, progress: StageProgress) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rl.bench import published
 from rl.bench.answers import RunMeta
-from rl.bench.baselines import BASELINE_MODEL
+from rl.bench.baselines import BASELINE_MODEL, PRIOR_MODEL
 from rl.bench.compare import (
     MEASURE_NAMES,
     POWER,
@@ -26,6 +26,8 @@ EMPTY = "empty"
 """Stands where a column has no observations."""
 NOT_GIVEN = "–"
 """Stands where a published row has no figure."""
+_GRADES_OF = {BASELINE_MODEL: "train-majority grade", PRIOR_MODEL: "grades as often as in training"}
+"""How the grades of a baseline came about, by the model of its run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,12 +315,12 @@ def _header(by_run: Mapping[str, Tables]) -> str:
 
 
 def _kind(meta: RunMeta) -> str:
-    return "baseline" if meta.model == BASELINE_MODEL else "run"
+    return "baseline" if meta.model in _GRADES_OF else "run"
 
 
 def _values(name: str, t: Tables, measure: str, columns: Sequence[str], *, boxes: bool) -> tuple[str, ...]:
-    if t.meta.model == BASELINE_MODEL:
-        name = f"{name} ({'train-mean box' if boxes else 'train-majority grade'})"
+    if t.meta.model in _GRADES_OF:
+        name = f"{name} ({'train-mean box' if boxes else _GRADES_OF[t.meta.model]})"
     return (name, *(_cell(t.values[measure][column]) for column in columns))
 
 

@@ -54,10 +54,13 @@ def test_the_baselines_answer_the_same_questions(
 ) -> None:
     config = make_config(*SHORT)
     evaluate(config, engine, "base", None, tmp_path / "base")
-    evaluate_baselines(config, tmp_path / "baseline")
-    base, baseline = read_run(tmp_path / "base"), read_run(tmp_path / "baseline")
-    assert set(base.answers["example_id"]) == set(baseline.answers["example_id"])
-    assert base.meta.dataset_fingerprint == baseline.meta.dataset_fingerprint
+    made = evaluate_baselines(config, tmp_path)
+    base = read_run(tmp_path / "base")
+    assert list(made) == ["baseline", "prior"]
+    for name, run in made.items():
+        assert read_run(tmp_path / name).answers.equals(run.answers)
+        assert set(base.answers["example_id"]) == set(run.answers["example_id"])
+        assert base.meta.dataset_fingerprint == run.meta.dataset_fingerprint
 
 
 def test_an_unknown_split_is_refused(config: Config) -> None:

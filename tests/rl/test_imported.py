@@ -223,10 +223,10 @@ def test_an_imported_run_is_on_the_same_items_as_ours(
     config: Config, examples: list[Example], tmp_path: Path
 ) -> None:
     theirs = run_import(config, "o1", [write(tmp_path / "o1.json", zero_shot(examples[:5]))]).run
-    check_same_items(evaluate_baselines(config, tmp_path / "ours"), theirs)
+    check_same_items(evaluate_baselines(config, tmp_path / "ours")["baseline"], theirs)
     config.rewards.reader = "strict"
     with pytest.raises(CompareError, match=r"or add rewards\.reader=tolerant"):
-        check_same_items(evaluate_baselines(config, tmp_path / "strict"), theirs)
+        check_same_items(evaluate_baselines(config, tmp_path / "strict")["baseline"], theirs)
 
 
 def test_the_command_scores_and_compare_takes_the_run_by_its_name(
@@ -249,7 +249,7 @@ def test_the_command_scores_and_compare_takes_the_run_by_its_name(
 
     ours = load_config(recipe, [f"run_dir={tmp_path / 'run'}"])
     assert "run `reasonknee eval` first" in refusal("compare", "baseline", "o1", *words)
-    evaluate_baselines(ours, tmp_path / "run" / "eval" / "baseline")
+    evaluate_baselines(ours, tmp_path / "run" / "eval")
     assert "add rewards.reader=tolerant" in refusal("compare", "baseline", "o1", *words)
     compared = cli("compare", "baseline", "o1", *words, "rewards.reader=tolerant")
     assert compared.exit_code == 0, (compared.output, compared.exception)

@@ -10,7 +10,7 @@ import pytest
 from rewards.boxes import Box3D
 from rewards.types import Truth
 from rl.bench.answers import make_run
-from rl.bench.baselines import baseline_rows, fit_baselines
+from rl.bench.baselines import baseline_rows, fit_baselines, prior_rows
 from rl.bench.endpoints import OVERALL
 from rl.bench.metrics import grade_run, tables
 
@@ -27,6 +27,26 @@ def one(examples):
 def test_the_commonest_grade_wins_and_ties_go_to_the_lowest(one):
     train = [with_truth(one, g, None) for g in (3, 3, 1, 1, 0)]
     assert fit_baselines(train).grades(one.question) == {"grade": 1}
+
+
+def test_the_prior_draws_grades_as_often_as_training_has_them(one):
+    baselines = fit_baselines([with_truth(one, g, None) for g in (3, 3, 3, 0)])
+    rng = np.random.default_rng(0)
+    drawn = [baselines.drawn_grades(one.question, rng)["grade"] for _ in range(2000)]
+    assert set(drawn) == {0, 3}
+    assert np.mean(drawn) / 3 == pytest.approx(0.75, abs=0.03)
+
+
+def test_the_prior_answers_every_item_and_the_same_again(examples, meta):
+    train, test = examples(6, [1, 42], seed=1), examples(3, [1, 42])
+    fitted = fit_baselines(train)
+    runs = [
+        make_run(prior_rows(fitted, test, "strict", "required", seed), meta("prior", [1, 42]))
+        for seed in (0, 0, 1)
+    ]
+    assert runs[0].answers.equals(runs[1].answers)
+    assert not runs[0].answers.equals(runs[2].answers)
+    assert tables(grade_run(runs[0])).values["strict"][OVERALL].value == 1
 
 
 def test_the_mean_box_is_kept_apart_by_side(one):

@@ -145,7 +145,7 @@ def test_every_question_is_answered_once_on_the_items_of_the_other_runs(
     ]
     progress: list[tuple[int, int]] = []
     evaluate_served(config, folder, lambda *counts: progress.append(counts))
-    run, baseline = read_run(folder), evaluate_baselines(config, tmp_path / "baseline")
+    run, baseline = read_run(folder), evaluate_baselines(config, tmp_path)["baseline"]
     assert run.answers["item_hash"].to_list() == baseline.answers["item_hash"].to_list()
     assert run.meta.dataset_fingerprint == baseline.meta.dataset_fingerprint
     assert (run.meta.name, run.meta.model, run.meta.n) == ("org--m", "org/m", ITEMS)
@@ -346,7 +346,7 @@ def test_the_command_puts_a_served_model_into_the_tables_and_compares_it(
     assert "nothing has changed" in cli("eval", *recipe, *theirs).output
     assert len(endpoint.bodies) == ITEMS + 1
 
-    evaluate_baselines(ask(), tmp_path / "run" / "eval" / "baseline")
+    evaluate_baselines(ask(), tmp_path / "run" / "eval")
     compared = cli("compare", "baseline", "org--m", *recipe, "compare.bootstrap_draws=50")
     assert compared.exit_code == 0, (compared.output, compared.exception)
     assert "org--m against baseline" in compared.output
