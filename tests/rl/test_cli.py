@@ -61,7 +61,7 @@ def test_the_stages_by_name_lead_from_embeddings_to_a_report(
     assert re.search(r"embed: features of 7 volumes in \S+/cache \(\d+ s\)", said["embed"])
     assert re.search(rf"SFT: validation loss .* of 2; adapter in {tmp_path}/run/sft/adapter", said["sft"])
     assert re.search(rf"GRPO: adapter in {tmp_path}/run/grpo/adapter", said["grpo"])
-    assert f"benchmark: answers of baseline, base, SFT, GRPO in {tmp_path}/run/eval" in said["eval"]
+    assert f"benchmark: answers of baseline, prior, base, SFT, GRPO in {tmp_path}/run/eval" in said["eval"]
     assert "Loading weights" not in "".join(said.values())
 
     compared = cli("compare", "SFT", "GRPO", *grpo[1:])
