@@ -125,6 +125,7 @@ async def completions(
     async with _client(config.openai) as client:
         under_way: set[asyncio.Task[tuple[int, Entry | str]]] = set()
         for i, request in enumerate(requests(config, examples)):
+            await asyncio.sleep(0)  # replies come in while volumes are read, or they would seem to time out
             if request.key in journal:
                 yield i, journal[request.key]
                 continue

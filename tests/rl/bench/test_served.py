@@ -287,11 +287,11 @@ def test_an_answer_to_anything_else_is_never_taken_for_this_one(
 
 
 def test_requests_keep_to_the_rate(ask: Callable[..., Config], endpoint: Endpoint, folder: Path) -> None:
-    """Repeated ones are requests too."""
+    """Repeated ones are requests too. Half the time is allowed for the first one to arrive late."""
     endpoint.script = [Reply(429), said("x")]
-    evaluate_served(ask("openai.requests_per_minute=300", "openai.concurrency=4"), folder)
+    evaluate_served(ask("openai.requests_per_minute=120", "openai.concurrency=4"), folder)
     assert len(endpoint.times) == ITEMS + 1
-    assert endpoint.times[-1] - endpoint.times[0] > ITEMS * 0.2 - 0.1
+    assert endpoint.times[-1] - endpoint.times[0] > ITEMS * 0.5 / 2
 
 
 def test_the_key_is_sent_and_is_in_no_file_no_log_and_no_message(

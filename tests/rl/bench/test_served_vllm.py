@@ -16,6 +16,7 @@ import pytest
 
 from rl.bench.served import ServedError, evaluate_served
 from rl.config import Config
+from rl.model import resolve_model
 
 ROOT = Path(__file__).parents[3]
 CHAT_TEMPLATE = """\
@@ -28,17 +29,18 @@ CHAT_TEMPLATE = """\
 
 
 @pytest.fixture
-def vllm_url(workshop: Path, tmp_path: Path) -> Iterator[str]:
-    """vLLM's own server with the tiny model, which takes two pictures in a request."""
+def vllm_url(tmp_path: Path) -> Iterator[str]:
+    """vLLM's own server with the built-in model, which takes two pictures in a request."""
     (tmp_path / "chat.jinja").write_text(CHAT_TEMPLATE)
     (tmp_path / "sitecustomize.py").write_text("import rollouts\n")  # in every process (torchvision_shim)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", workshop / "base"),
-        *("--served-model-name", "org/m", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"),
-        *("--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "4"),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", resolve_model("builtin:base"), "--served-model-name", "org/m"),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "4"),
         *("--limit-mm-per-prompt", '{"image": 2, "video": 0}', "--chat-template", tmp_path / "chat.jinja"),
     ]
     quiet = {
