@@ -79,7 +79,7 @@ def test_the_stages_by_name_lead_from_embeddings_to_a_report(
     answered = cli("eval", *grpo[1:], "grpo.learning_rate=0.5")
     assert "SFT: has answered already" in answered.output
     assert "GRPO: former answers" in answered.output
-    assert "no run 'nobody': use one of baseline, base, SFT, GRPO" in refusal(
+    assert "no run 'nobody': use one of baseline, prior, base, SFT, GRPO" in refusal(
         "compare", "SFT", "nobody", *recipe
     )
 
