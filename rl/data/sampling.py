@@ -1,14 +1,13 @@
 """Which questions a step trains on: volume by volume, grades balanced.
 
 Inverse-frequency weights on the reward cancel in GRPO, because all completions of a prompt share one truth and
-the group's standard deviation divides them away. So the prompts are balanced instead: an example is drawn with
-weight sum over its attributes of 1 / (number of examples with that grade of that attribute), which makes the
-grades of each attribute equally frequent.
+the group's standard deviation divides them away. So the prompts are balanced instead, which makes the expected reward
+of grading the balanced accuracy: weights are fitted under which every grade of an attribute is drawn equally often,
+for all attributes of a question at once, and what is drawn without repetition keeps to them.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -50,26 +49,64 @@ class PromptSampler:
         volume has fewer questions. (A question drawn twice in a step would be answered with the same seed.)
         """
         rng = np.random.default_rng([self.seed, step, again] if again else [self.seed, step])
-        count = min(volumes, int((self.volume_shares > 0).sum()))
-        chosen = rng.choice(len(self.members), size=count, replace=False, p=self.volume_shares)
+        chosen = draw_distinct(rng, self.volume_shares, volumes)
         return [self._questions(rng, self.members[v], questions_per_volume) for v in chosen]
 
     def _questions(self, rng: np.random.Generator, members: np.ndarray, count: int) -> list[int]:
-        weights = self.weights[members]
-        count = min(count, int((weights > 0).sum()))
-        picked = rng.choice(members, size=count, replace=False, p=weights / weights.sum())
-        return [int(i) for i in picked]
+        return [int(i) for i in members[draw_distinct(rng, self.weights[members], count)]]
+
+
+def draw_distinct(rng: np.random.Generator, weights: np.ndarray, count: int) -> np.ndarray:
+    """Positions of `count` distinct items, or of all whose weight is above 0 when they are fewer, in random order.
+
+    An item is among them with a probability proportional to its weight, as far as that leaves none above 1: systematic
+    sampling in random order (Madow 1949). Drawing one after another would favour the small weights.
+    """
+    order = rng.permutation(np.flatnonzero(weights > 0))
+    if count >= len(order):
+        return order
+    shares = weights[order]
+    sure = np.zeros(len(order), bool)
+    inclusion = count * shares / shares.sum()
+    while (inclusion > 1).any():
+        sure |= inclusion >= 1
+        inclusion = np.where(sure, 1.0, (count - sure.sum()) * shares / shares[~sure].sum())
+    edges = np.cumsum(inclusion)
+    edges[-1] = count  # no rounding may cost an item
+    marks = np.floor(np.concatenate([[0.0], edges]) + rng.random())
+    return rng.permutation(order[np.diff(marks) > 0])
+
+
+ROUNDS = 200
+TOLERANCE = 1e-3
+"""Fitting ends when no grade's frequency is further than this, relatively, from that of the others."""
 
 
 def _balanced_weights(question_ids: Sequence[int], grades: Sequence[Mapping[str, int]]) -> np.ndarray:
-    counts = Counter(
-        (q, name, g) for q, gs in zip(question_ids, grades, strict=True) for name, g in gs.items()
-    )
-    levels = Counter((q, name) for q, name, _ in counts)
-    # 1 / count balances the grades of one attribute, 1 / levels and 1 / attributes keep questions equally frequent
-    return np.array(
-        [
-            sum(1 / (counts[q, name, g] * levels[q, name] * len(gs)) for name, g in gs.items())
-            for q, gs in zip(question_ids, grades, strict=True)
-        ]
-    )
+    """Weights of the examples, of each question adding up to 1; 0 for an example without a grade.
+
+    Iterative proportional fitting (Deming and Stephan 1940): each attribute in turn scales the weights of the examples
+    that have one of its grades to the mean over its grades. Where attributes contradict each other (a lesion of size 0
+    has no depth) the fit ends at a compromise.
+    """
+    attributes: dict[tuple[int, str], list[tuple[int, int]]] = {}
+    for i, (question_id, graded) in enumerate(zip(question_ids, grades, strict=True)):
+        for name, grade in graded.items():
+            attributes.setdefault((question_id, name), []).append((i, grade))
+    columns = []
+    for pairs in attributes.values():
+        members, graded_as = np.array(pairs).T
+        columns.append((members, np.unique(graded_as, return_inverse=True)[1]))
+    weights = np.array([float(bool(graded)) for graded in grades])
+    for _ in range(ROUNDS):
+        worst = 0.0
+        for members, levels in columns:
+            sums = np.bincount(levels, weights[members])
+            factors = sums.mean() / sums
+            worst = max(worst, float(np.abs(factors - 1).max()))
+            weights[members] *= factors[levels]
+        if worst < TOLERANCE:
+            break
+    question = np.unique(np.asarray(question_ids), return_inverse=True)[1]
+    totals = np.bincount(question, weights)
+    return weights / np.where(totals > 0, totals, 1)[question]

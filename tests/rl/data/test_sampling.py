@@ -6,8 +6,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from rl.data.sampling import PromptSampler
+from rl.data.sampling import PromptSampler, draw_distinct
 
 VOLUMES, QUESTIONS = 400, 6
 SHARES = [0.8, 0.1, 0.06, 0.04]
@@ -34,11 +36,45 @@ def drawn_grades(*, balance: bool, steps: int = 400) -> Counter[int]:
 
 
 def test_balanced_draws_make_rare_grades_as_frequent_as_common_ones() -> None:
-    """Near uniform: a volume is drawn without replacement, so a volume of rare grades cannot take its full share."""
     counts = drawn_grades(balance=True)
     shares = np.array([counts[g] for g in range(4)]) / counts.total()
-    assert shares.min() > 0.2
-    assert shares.max() < 0.33
+    # a question is drawn once at most, so a volume of rare grades cannot take its full share
+    assert shares == pytest.approx(0.25, abs=0.04)
+
+
+def test_all_attributes_of_a_question_are_balanced_at_once() -> None:
+    """A lesion of size 0 has depth 0, and depth follows size: what balances one attribute unbalances the other."""
+    rng = np.random.default_rng(0)
+    sizes = rng.choice(4, p=[0.7, 0.1, 0.15, 0.05], size=2000)
+    depths = np.where(sizes == 0, 0, rng.choice([1, 2, 3], p=[0.2, 0.6, 0.2], size=2000))
+    grades = [{"size": int(size), "depth": int(depth)} for size, depth in zip(sizes, depths, strict=True)]
+    sampler = PromptSampler([1] * 2000, grades, [f"v{i}" for i in range(2000)], balance=True, seed=0)
+    for values in (sizes, depths):
+        assert np.bincount(values, sampler.weights) == pytest.approx(0.25, abs=1e-3)
+
+
+def test_attributes_that_cannot_both_be_balanced_end_at_a_compromise() -> None:
+    grades = [{"a": 0, "b": 0}, {"a": 0, "b": 1}, {"a": 1, "b": 1}]
+    sampler = PromptSampler([1] * 3, grades, ["x", "y", "z"], balance=True, seed=0)
+    assert sampler.weights.sum() == pytest.approx(1)
+    assert sampler.weights[0] == pytest.approx(sampler.weights[2], abs=0.02)
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=2, max_size=12), st.integers(1, 12))
+def test_distinct_draws_are_as_many_as_asked_for(weights: list[float], count: int) -> None:
+    drawn = draw_distinct(np.random.default_rng(0), np.array([*weights, 0.0]), count)
+    assert len(set(drawn.tolist())) == len(drawn) == min(count, len(weights))
+    assert len(weights) not in drawn  # its weight is 0
+
+
+def test_distinct_draws_include_each_in_proportion_to_its_weight() -> None:
+    """One after another, without going back, the heaviest would be drawn in .86 of the draws instead of in all."""
+    weights = np.array([6.0, 3.0, 1.0, 1.0, 1.0])
+    rng = np.random.default_rng(0)
+    times = np.zeros(5)
+    for _ in range(4000):
+        times[draw_distinct(rng, weights, 2)] += 1
+    assert times / 4000 == pytest.approx([1, 1 / 2, 1 / 6, 1 / 6, 1 / 6], abs=0.03)
 
 
 def test_unbalanced_draws_follow_the_data() -> None:
