@@ -37,7 +37,7 @@ test-all: $(INSTALLED)  ## all tests short of hours: also vLLM, Ray, notebooks, 
 
 evidence: $(INSTALLED)  ## hours: three seeds, long fuzz, benchmarks
 	$(BIN)/python -m pytest -v -m evidence $(ARGS)
-	$(BIN)/python benchmarks/evidence.py phantom.test_patients=144 sft.max_epochs=40 sft.patience=3 grpo.max_steps=100 $(ARGS)
+	$(BIN)/python benchmarks/evidence.py --jobs 2 phantom.test_patients=144 sft.max_epochs=40 sft.patience=3 grpo.max_steps=100 $(ARGS)
 
 demo: $(INSTALLED)  ## the whole path on phantoms: SFT, GRPO, benchmark, report
 	$(BIN)/reasonknee demo --config configs/demo.yaml $(ARGS)
