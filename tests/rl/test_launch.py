@@ -252,7 +252,7 @@ def test_two_ranks_and_an_engine_run_on_two_cores_and_continue(
     # gradients of rank 0 and 1 are 0 and 1: averaged, both have 0.5; the new adapter is seen by both
     assert "ranks [(0, [0], 0.5), (1, [0], 0.5)]" in run.output
     assert "ranks [(0, [1], 0.5), (1, [1], 0.5)]" in run.output
-    assert "GRPO: 2/2  reward 0.500  box_iou 0.250" in run.output
+    assert "GRPO: 2/2  reward 0.500 (+0.200 to the prior)  box_iou 0.250" in run.output
     assert "(raylet)" not in run.output
     assert sorted(p.name for p in tmp_path.iterdir() if p != run.log) == ["config.yaml", "grpo", "stages"]
     (tmp_path / "stages" / "grpo.json").write_text(
