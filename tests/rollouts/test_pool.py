@@ -33,7 +33,7 @@ def _prompt(volume: int, question: int, visual_tokens: int = 3) -> Prompt:
 class EchoEngine:
     """Answers each prompt with (volume value, question, seed, process id); obeys orders written to a folder.
 
-    `die`, `die_always`, `hang`, `refuse` in the folder make it do so; `die` and `hang` are obeyed once.
+    `die`, `die_always`, `hang`, `refuse` in the folder make it do so; all but `die_always` are obeyed once.
     """
 
     def __init__(self, orders: Path) -> None:
@@ -45,10 +45,13 @@ class EchoEngine:
 
     def _ordered(self, order: str) -> bool:
         path = self.orders / order
-        if path.exists() and order != "die_always":
-            path.unlink()
-            return True
-        return path.exists()
+        if order == "die_always":
+            return path.exists()
+        try:
+            path.unlink()  # of several engines one alone obeys
+        except FileNotFoundError:
+            return False
+        return True
 
     def generate(self, prompts: list[Prompt], n: int, sampling: Sampling, seeds: list[int]) -> list[Group]:
         if self._ordered("die") or self._ordered("die_always"):
