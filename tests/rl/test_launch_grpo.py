@@ -60,8 +60,10 @@ def test_two_ranks_on_ray_train_the_same_adapter_as_one_process_and_go_on(
     for one, other in zip(_records(Path(alone.run_dir)), _records(two), strict=True):
         assert {k: other[k] for k in EQUAL} == pytest.approx({k: one[k] for k in EQUAL}, rel=1e-4, abs=1e-6)
     reached = load_file(Path(alone.run_dir) / "grpo" / "adapter" / "adapter_model.safetensors")
+    # Adam divides a gradient by its own size, so where one is near 0 the order of a sum shows: splitting the batch
+    # moves a weight by 2e-5 in one process too, of a step of 3e-3
     for name, tensor in load_file(two / "grpo" / "adapter" / "adapter_model.safetensors").items():
-        torch.testing.assert_close(tensor, reached[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(tensor, reached[name], rtol=1e-3, atol=1e-4)
     assert "nothing has changed" in _launch(workshop, two, "ray.num_workers=2")
 
 
