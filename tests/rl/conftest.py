@@ -26,13 +26,21 @@ from rollouts.types import Engine
 from rollouts.vision import VisionTower
 
 REWARD = '''
-from rewards import reward
+from zlib import crc32
+
+from rewards import Question, reward
 
 @reward
 def variety(completion: str, *, bar: float = 0.0) -> float:
     """A score that random text earns too: from the number of different characters, 0 below the bar."""
     score = len(set(completion)) % 5 / 4
     return score if score >= bar else 0.0
+
+
+@reward
+def picky(completion: str, question: Question) -> float:
+    """Tells any two texts apart on the bone questions of the recipe, and none on its other two."""
+    return crc32(completion.encode()) / 2**32 if question.question_id in (1, 16) else 0.0
 '''
 
 

@@ -214,10 +214,13 @@ def test_a_finished_run_started_again_does_nothing(
     assert all(torch.equal(before[name], tensor) for name, tensor in tensors(adapter).items())
 
 
-def test_groups_without_signal_make_room_for_other_questions(make_trainer: MakeTrainer) -> None:
-    """`output_format` pays random text nothing, so only what `variety` tells apart counts: here, about half of it."""
+def test_groups_without_signal_make_room_for_other_questions(
+    workshop: Path, make_trainer: MakeTrainer
+) -> None:
     rounds = "grpo.resample_rounds=3"
-    plain, dynamic = make_trainer("grpo.num_generations=2"), make_trainer("grpo.num_generations=2", rounds)
+    # no signal in half of the questions
+    picky = f"rewards.components=[{{name: '{workshop}/variety.py:picky'}}]"
+    plain, dynamic = make_trainer(picky), make_trainer(picky, rounds)
     before, _ = plain._scored_groups(1, Stopwatch())
     after, drawn = dynamic._scored_groups(1, Stopwatch())
     flat = [s.example_index for s in before if not s.has_signal]

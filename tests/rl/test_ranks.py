@@ -26,7 +26,10 @@ RUNS = {
         "rewards.components=[{name: 'WORKSHOP/variety.py:variety', params: {bar: 0}, "
         "schedule: {parameter: bar, to: 0.5, by: 0.5, above: 0.01}}]",
     ],
-    "resampled": ["grpo.num_generations=2", "grpo.resample_rounds=2", "grpo.volumes_per_step=3"],
+    "resampled": [
+        *("grpo.volumes_per_step=3", "grpo.resample_rounds=2"),
+        "rewards.components=[{name: 'WORKSHOP/variety.py:picky'}]",
+    ],
     # rank 1 has no volume at all
     "idle": ["grpo.volumes_per_step=1", "grpo.mask_truncated_completions=true", "grpo.credit=part"],
 }
