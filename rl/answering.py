@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from rl.bench.answers import AnswerRow, RunMeta, answer_row
-from rl.config import Config, ConfigError
+from rl.choices import reader_of, reasoning_of, split_of
+from rl.config import Config
 from rl.data.examples import Examples
-from rl.data.layout import Split
-from rl.task import Task, reader_of, reasoning_of
+from rl.data.layout import item_file_name
+from rl.task import Task
 from rollouts.types import Engine, Sampling
 
 
@@ -34,7 +35,7 @@ def run_meta(config: Config, name: str, model: str, adapter: str | None, example
         name=name,
         model=model,
         adapter=adapter,
-        split_file=config.data.test_file if config.eval.split == "test" else config.data.val_file,
+        split_file=item_file_name(config, split_of(config)),
         question_ids=tuple(sorted(set(examples.column("question_id")))),
         reader=reader_of(config),
         reasoning=reasoning_of(config),
@@ -44,12 +45,3 @@ def run_meta(config: Config, name: str, model: str, adapter: str | None, example
         n=len(examples),
         max_examples=config.eval.max_examples,
     )
-
-
-def split_of(config: Config) -> Split:
-    """The split the benchmark runs on."""
-    if config.eval.split == "test":
-        return "test"
-    if config.eval.split == "val":
-        return "val"
-    raise ConfigError(f'eval.split is {config.eval.split!r}; write "test" or "val"')

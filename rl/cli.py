@@ -10,6 +10,7 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ from rl.quiet import quiet_libraries
 from rl.rewards_cli import app as rewards_app
 
 if TYPE_CHECKING:
+    from rl.bench.answers import BenchRun
     from rl.config import Config
 
 FAILED, INTERRUPTED, TERMINATED = 1, 130, 143
@@ -145,11 +147,9 @@ def evaluate(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None, a
     With engine.kind=openai, for the model that the section `openai` names, at any OpenAI-compatible endpoint.
     """
     loaded = _stage("eval", config, overrides, again)
-    from rl.bench.console import print_tables
-    from rl.bench.metrics import grade_run, tables
     from rl.pipeline import read_runs
 
-    print_tables({name: tables(grade_run(run)) for name, run in read_runs(loaded).items()})
+    _print_runs(read_runs(loaded))
 
 
 @app.command(name="import")
@@ -171,12 +171,10 @@ def import_(
     given here. Items that are not answered count as wrong.
     """
     loaded = _load(config, ["rewards.reader=tolerant", *(overrides or [])], needs_model=False)
-    from rl.bench.console import print_tables
-    from rl.bench.metrics import grade_run, tables
     from rl.pipeline import run_import
 
     imported = run_import(loaded, name, results)
-    print_tables({name: tables(grade_run(imported.run))})
+    _print_runs({name: imported.run})
     Console(highlight=False).print(imported.summary(), markup=False, soft_wrap=True)
 
 
@@ -254,6 +252,14 @@ def _stage(
             f"{stage.title}: nothing has changed since it finished; skipped (--again)"
         )
     return loaded
+
+
+def _print_runs(runs: Mapping[str, BenchRun]) -> None:
+    """The benchmark's tables of the runs, by the names they go by."""
+    from rl.bench.console import print_tables
+    from rl.bench.metrics import grade_run, tables
+
+    print_tables({name: tables(grade_run(run)) for name, run in runs.items()})
 
 
 def _load(path: Path | None, overrides: list[str] | None, *, needs_model: bool = True) -> Config:

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rewards.suite import RewardSuite
-from rl.bench.endpoints import MEASURES
+from rl.bench.endpoints import MEASURES, parse_endpoint
 from rl.config import Config, ConfigError, load_config
 from rl.geometry import vision_geometry, visual_grid
 
@@ -45,16 +45,9 @@ MAY_BE_ZERO = frozenset(
     {
         *("seed", "phantom.seed", "base.seed", "view.window_low", "model.lora.dropout"),
         *("sft.steps_per_epoch", "sft.warmup_ratio", "sft.weight_decay", "sft.max_seconds"),
-        *(
-            "grpo.beta",
-            "grpo.epsilon",
-            "grpo.epsilon_high",
-            "grpo.delta",
-            "grpo.resample_rounds",
-            "grpo.warmup_steps",
-            "grpo.weight_decay",
-        ),
-        *("grpo.eval_steps", "eval.temperature", "eval.max_examples"),
+        *("grpo.beta", "grpo.epsilon", "grpo.epsilon_high", "grpo.delta", "grpo.resample_rounds"),
+        *("grpo.warmup_steps", "grpo.weight_decay", "grpo.eval_steps"),
+        *("eval.temperature", "eval.max_examples"),
         *("openai.requests_per_minute", "openai.retries"),
         *("ray.gpus_per_worker", "ray.gpus_per_engine"),
     }
@@ -263,7 +256,7 @@ def _ray(config: Config) -> Iterator[str]:
 
 
 def _compare_and_phantom(config: Config) -> Iterator[str]:
-    measure = config.compare.primary_endpoint.partition("/")[0]
+    measure, _ = parse_endpoint(config.compare.primary_endpoint)
     if measure not in MEASURES:
         yield (
             f"compare.primary_endpoint is {config.compare.primary_endpoint!r}: use one of {', '.join(MEASURES)}, "

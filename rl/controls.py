@@ -15,10 +15,11 @@ from pathlib import Path
 
 from rewards.reading import format_answer
 from rewards.suite import RewardSuite
+from rl.choices import reasoning_of
 from rl.config import Config
 from rl.grpo import group_seed
 from rl.sft import train_sft
-from rl.task import Task, reasoning_of
+from rl.task import Task
 from rl.training import write_atomically
 from rollouts.prompts import question_text
 from rollouts.types import Engine, Sampling

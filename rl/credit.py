@@ -50,9 +50,12 @@ def token_parts(token_texts: Sequence[str], attributes: Sequence[str]) -> list[i
 
 
 def graded_alone(example: Example, attribute: int) -> Example:
-    """The example as if one attribute were the only graded one; unchanged when that attribute has no true grade."""
-    attributes = example.question.attributes
+    """The example as if one attribute were the only graded one; itself when that changes nothing.
+
+    So also where the attribute has no true grade: no token answers for it then.
+    """
+    attributes, grades = example.question.attributes, example.truth.grades
     name = attributes[attribute].name if attribute < len(attributes) else ""
-    if name not in example.truth.grades:
+    if name not in grades or len(grades) == 1:
         return example
-    return replace(example, truth=Truth({name: example.truth.grades[name]}, example.truth.bbox))
+    return replace(example, truth=Truth({name: grades[name]}, example.truth.bbox))

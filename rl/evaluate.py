@@ -6,14 +6,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rl.answering import ask, run_meta, split_of
+from rl.answering import ask, run_meta
 from rl.bench.answers import BenchRun, write_run
 from rl.bench.baselines import BASELINE_MODEL, PRIOR_MODEL, baseline_rows, fit_baselines, prior_rows
+from rl.choices import reader_of, reasoning_of, split_of
 from rl.config import Config
 from rl.data.examples import Examples, load_examples
 from rl.stage_inputs import Inputs
 from rl.stages import eval_inputs, read_record, write_record
-from rl.task import Task, reader_of, reasoning_of
+from rl.task import Task
 from rollouts.types import Engine
 
 PROMPTS_PER_CALL = 512

@@ -141,9 +141,7 @@ class GRPOTrainer:
         watch.lap("seconds/train")
         self._publish()
         watch.lap("seconds/sync")
-        record = self._record(step, scored, {**sums, "lr": lr}, agreement, watch)
-        if self.run and self.settings.resample_rounds:
-            record["groups_drawn"] = drawn
+        record = self._record(step, scored, {**sums, "lr": lr, "drawn": drawn}, agreement, watch)
         self._move_schedules(record)
         done = step + 1
         last = done == self.settings.max_steps
@@ -170,28 +168,26 @@ class GRPOTrainer:
         return self.folder / "adapter"
 
     def _scored_groups(self, step: int, watch: Stopwatch) -> tuple[list[ScoredGroup], int]:
-        """This rank's groups of the step, and the number that all ranks have drawn for it.
+        """This rank's groups of the step, and how many it has drawn for it.
 
         With `resample_rounds`, groups without signal make room for other questions (dynamic sampling: DAPO, arXiv
         2503.14476, section 3.2); those for which there was none in time stay.
         """
         settings = self.settings
         scored = self._draw(step, settings.volumes_per_step, watch)
-        drawn = sum(gather_object([len(scored)]))
+        drawn = len(scored)
         for again in range(1, settings.resample_rounds + 1):
             missing = sum(gather_object([sum(not s.has_signal for s in scored)]))
             if not missing:
                 break
             more = self._draw(step, math.ceil(missing / settings.questions_per_volume), watch, again)
-            drawn += sum(gather_object([len(more)]))
+            drawn += len(more)
             seen = {s.example_index for s in scored}
             fresh = [s for s in more if s.has_signal and s.example_index not in seen]
             flat = [s for s in scored if not s.has_signal]
             scored = [s for s in scored if s.has_signal] + (fresh + flat)[: len(flat)]
-        volume_of = self.task.volume_ids
-        return sorted(
-            scored, key=lambda s: volume_of[s.example_index]
-        ) if settings.resample_rounds else scored, drawn
+            scored.sort(key=lambda s: self.task.volume_ids[s.example_index])
+        return scored, drawn
 
     def _draw(self, step: int, volumes: int, watch: Stopwatch, again: int = 0) -> list[ScoredGroup]:
         groups = self._rollouts(step, volumes, again)
@@ -342,6 +338,8 @@ class GRPOTrainer:
         record |= {f"schedule/{name}": value for name, value in self.scorer.schedules.values.items()}
         record["loss"] = sum(s["loss"] for s in all_sums)
         record |= {"grad_norm": sums["grad_norm"], "lr": sums["lr"]}
+        if self.settings.resample_rounds:
+            record["groups_drawn"] = sum(s["drawn"] for s in all_sums)
         tokens = max(1.0, sum(s["tokens"] for s in all_sums))
         for name, key in PER_TOKEN.items():
             if any(key in s for s in all_sums):

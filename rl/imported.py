@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rl.answering import run_meta, split_of
+from rl.answering import run_meta
 from rl.bench.answers import ERROR, MISSING, BenchRun, answer_row, write_run
+from rl.choices import reader_of, split_of
 from rl.config import Config, ConfigError
 from rl.data.examples import Examples, load_examples
 from rl.data.results import Entry, Results, ResultsError, read_results
 from rl.errors import staged
 from rl.evaluate import limited
 from rl.stages import move_aside
-from rl.task import reader_of
 
 IMPORT_FILE = "import.json"
 """Beside a run's answers: every name under each heading of `Imported.notes`."""

@@ -15,6 +15,7 @@ from rl.base.train import train_base
 from rl.bench.answers import BenchRun, read_run, reread
 from rl.bench.compare import check_same_items, compare, verdict
 from rl.bench.report import write_report
+from rl.choices import reader_of
 from rl.config import Config, ConfigError
 from rl.config_check import OWN_RUNS
 from rl.data.boxes import parse_convention
@@ -38,7 +39,7 @@ from rl.stages import (
     sft_adapter,
     trained_adapters,
 )
-from rl.task import feature_dtypes, reader_of
+from rl.task import feature_dtypes
 from rollouts.cache import EmbeddingCache
 from rollouts.embed import embed_examples
 from rollouts.vision import VisionTower

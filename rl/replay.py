@@ -8,9 +8,9 @@ from pathlib import Path
 import polars as pl
 
 from rewards.suite import RewardSuite
+from rl.choices import reasoning_of
 from rl.config import Config, ConfigError, load_config
 from rl.data.examples import load_examples
-from rl.task import reasoning_of
 
 
 @dataclass(frozen=True)

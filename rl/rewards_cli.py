@@ -249,8 +249,8 @@ def _words(problem: str) -> str:
 
 def _suite(path: Path, overrides: list[str] | None) -> RewardSuite:
     from rewards import RewardSuite
+    from rl.choices import reasoning_of
     from rl.config_check import load_valid
-    from rl.task import reasoning_of
 
     loaded = load_valid(path, overrides or [], needs_model=False)
     return RewardSuite.from_config(loaded.rewards, reasoning=reasoning_of(loaded))

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rewards.suite import RewardSuite
-from rl.config_rewards import RewardsConfig
+from rl.config_rewards import ParameterSchedule, RewardsConfig
 
 
 class RewardSchedules:
@@ -28,18 +28,14 @@ class RewardSchedules:
 
     def __init__(self, rewards: RewardsConfig, suite: RewardSuite) -> None:
         self._suite = suite
-        # the suite's columns stand in the order of the components
-        self._schedules = {
-            column: component.schedule
-            for column, component in zip(suite.names, rewards.components, strict=True)
-            if component.schedule is not None
-        }
-        self.values = {
-            column: float(component.params[component.schedule.parameter])
-            for column, component in zip(suite.names, rewards.components, strict=True)
-            if component.schedule is not None
-        }
+        self._schedules: dict[str, ParameterSchedule] = {}
+        self.values: dict[str, float] = {}
         """Column -> present value of its scheduled parameter."""
+        # the suite's columns stand in the order of the components
+        for column, component in zip(suite.names, rewards.components, strict=True):
+            if component.schedule is not None:
+                self._schedules[column] = component.schedule
+                self.values[column] = float(component.params[component.schedule.parameter])
 
     def after_step(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """The values for the next step, by this step's mean scores `reward/<column>`; nothing is set yet."""

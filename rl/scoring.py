@@ -20,11 +20,12 @@ from rewards.suite import RewardRow, RewardSuite
 from rewards.types import Example
 from rl.advantages import group_advantages, normalized_sum
 from rl.bench.baselines import baseline_completion, fit_baselines
+from rl.choices import reasoning_of
 from rl.completions import ScoredGroup
 from rl.config import Config
 from rl.credit import MAX_ATTRIBUTES, graded_alone, token_parts
 from rl.schedule import RewardSchedules
-from rl.task import Task, reasoning_of
+from rl.task import Task
 from rollouts.types import Group
 
 
@@ -53,10 +54,10 @@ class Scorer:
         examples = [self.task.examples[s.example_index] for s in scored]
         by_part = [advantages_B_G, self._advantages([s.rows for s in scored], self._all_but("grades"))]
         for attribute in range(MAX_ATTRIBUTES):
-            rows = [
-                self._rows(graded_alone(example, attribute), s.group)
-                for example, s in zip(examples, scored, strict=True)
-            ]
+            rows = []
+            for example, s in zip(examples, scored, strict=True):
+                alone = graded_alone(example, attribute)
+                rows.append(s.rows if alone is example else self._rows(alone, s.group))
             by_part.append(self._advantages(rows, self._all_but("bbox")))
         decode = cache(self.task.tokenizer.decode)
         credited = []
@@ -84,8 +85,9 @@ class Scorer:
     def _advantages(self, rows: Sequence[list[RewardRow]], names: Sequence[str]) -> torch.Tensor:
         """advantages_B_G by the components `names`."""
         rewards_B_G = self._rewards(rows, names)
-        everywhere = torch.tensor(gather_object(rewards_B_G.tolist()))
-        return group_advantages(rewards_B_G, self.settings.scale_rewards, everywhere) if rows else rewards_B_G
+        scale = self.settings.scale_rewards
+        everywhere = torch.tensor(gather_object(rewards_B_G.tolist())) if scale == "batch" else None
+        return group_advantages(rewards_B_G, scale, everywhere) if rows else rewards_B_G
 
     def _rewards(self, rows: Sequence[list[RewardRow]], names: Sequence[str]) -> torch.Tensor:
         """rewards_B_G: what advantages are made from."""

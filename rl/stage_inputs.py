@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from rl.config import Config
-from rl.data.layout import Split, read_split, split_file
+from rl.data.layout import Split, item_file_name, read_split, split_file
 
 WITHOUT_EFFECT = frozenset(
     {
@@ -79,10 +79,8 @@ def settings(config: Config, *names: str) -> dict[str, Any]:
 def dataset(config: Config, splits: Sequence[Split]) -> dict[str, str]:
     """The lists of these splits by content, their volumes (and masks, where boxes come from them) by size."""
     root = Path(config.data.root).expanduser()
-    names = {"train": config.data.train_file, "val": config.data.val_file, "test": config.data.test_file}
-    lists = [
-        path for split in splits for path in (split_file(root, split), root / "generate_data" / names[split])
-    ]
+    lists = [split_file(root, split) for split in splits]
+    lists += [root / "generate_data" / item_file_name(config, split) for split in splits]
     lists += sorted((root / "question_files").glob("*.json"))
     found = {f"data/{path.relative_to(root)}": _content(path) for path in lists if path.is_file()}
     masks = config.data.box_source == "mask"

@@ -22,7 +22,9 @@ from typing import Literal
 
 from rewards.errors import ReasonKneeError
 from rl import stage_inputs as inputs
+from rl.choices import split_of
 from rl.config import Config, ConfigError, save_config
+from rl.data.layout import Split
 from rl.data.phantom.marker import refuse_other_data
 from rl.errors import staged
 from rl.progress import StageProgress, clock
@@ -230,18 +232,19 @@ def _grpo_inputs(config: Config) -> Inputs:
             "engine.kind is 'openai', which is for `reasonknee eval` alone: GRPO needs an engine that takes cached "
             "features and adapters and gives log-probabilities; set engine.kind to vllm or hf"
         )
-    files = inputs.dataset(config, ("train",)) | inputs.model_files(config) | inputs.reward_files(config)
-    files |= inputs.adapter_files(sft_adapter(config), "the SFT adapter")
-    chosen = inputs.settings(config, *_TASK, "grpo", "rewards", "engine.kind")
+    chosen = [*_TASK, "grpo", "rewards", "engine.kind"]
+    splits: list[Split] = ["train"]
     if config.grpo.eval_steps:  # the validation split decides which adapter is kept
-        files |= inputs.dataset(config, ("train", "val"))
-        chosen |= inputs.settings(config, "compare.primary_endpoint", "eval.max_completion_length")
-    return Inputs(chosen, files)
+        splits.append("val")
+        chosen += ["compare.primary_endpoint", "eval.max_completion_length"]
+    files = inputs.dataset(config, splits) | inputs.model_files(config) | inputs.reward_files(config)
+    files |= inputs.adapter_files(sft_adapter(config), "the SFT adapter")
+    return Inputs(inputs.settings(config, *chosen), files)
 
 
 def eval_inputs(config: Config, adapters: Mapping[str, Path]) -> Inputs:
     """What the benchmark of the base and of models with these adapters depends on."""
-    files = inputs.dataset(config, ("train", "test" if config.eval.split == "test" else "val"))
+    files = inputs.dataset(config, ("train", split_of(config)))
     files |= inputs.model_files(config)
     for name, adapter in adapters.items():
         files |= inputs.adapter_files(adapter, f"the adapter of {name}")
@@ -269,7 +272,7 @@ def served_folder(config: Config) -> Path:
 
 def _served_inputs(config: Config) -> Inputs:
     chosen = ("seed", "data", "view", "model.reasoning", "eval", "rewards.reader", "openai")
-    files = inputs.dataset(config, ("test" if config.eval.split == "test" else "val",))
+    files = inputs.dataset(config, (split_of(config),))
     return Inputs(inputs.settings(config, *chosen), files)
 
 

@@ -8,8 +8,8 @@ from functools import cached_property, lru_cache
 
 import torch
 
-from rewards.types import ReaderMode, Reasoning
-from rl.config import Config, ConfigError
+from rl.choices import reasoning_of
+from rl.config import Config
 from rl.data.boxes import parse_convention
 from rl.data.examples import Examples, load_examples
 from rl.data.layout import Split
@@ -111,24 +111,6 @@ class Task:
             merge_size=self.spec.sizes.merge,
             tokens_per_second=self._tokens_per_second,
         )
-
-
-def reasoning_of(config: Config) -> Reasoning:
-    """The declared answer format."""
-    if config.model.reasoning == "required":
-        return "required"
-    if config.model.reasoning == "none":
-        return "none"
-    raise ConfigError(f'model.reasoning is {config.model.reasoning!r}; write "required" or "none"')
-
-
-def reader_of(config: Config) -> ReaderMode:
-    """How answers are read, in training and benchmark alike."""
-    if config.rewards.reader == "strict":
-        return "strict"
-    if config.rewards.reader == "tolerant":
-        return "tolerant"
-    raise ConfigError(f'rewards.reader is {config.rewards.reader!r}; write "strict" or "tolerant"')
 
 
 def feature_recipe(config: Config, spec: TowerSpec) -> str:

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 
 from rl.answering import ask, run_meta
 from rl.bench.answers import make_run
-from rl.bench.endpoints import OVERALL
+from rl.bench.endpoints import parse_endpoint
 from rl.bench.metrics import grade_run, tables
 from rl.config import Config, ConfigError
 from rl.errors import staged_folder
@@ -54,8 +54,8 @@ class Validation:
         values = tables(grade_run(make_run(everywhere, meta))).values
         found = {}
         for endpoint in self.endpoints:
-            measure, _, column = endpoint.partition("/")
-            value = values[measure][column or OVERALL].value
+            measure, column = parse_endpoint(endpoint)
+            value = values[measure][column].value
             if value is not None:
                 found[f"validation/{endpoint}"] = value
         return found

@@ -18,7 +18,16 @@ from scipy.stats import t as student_t
 
 from rewards.errors import ReasonKneeError
 from rl.bench.answers import BenchRun, RunMeta
-from rl.bench.endpoints import MEASURES, OVERALL, SAME_COLUMNS, Endpoint, count, endpoints, value
+from rl.bench.endpoints import (
+    MEASURES,
+    OVERALL,
+    SAME_COLUMNS,
+    Endpoint,
+    count,
+    endpoints,
+    parse_endpoint,
+    value,
+)
 from rl.bench.intervals import (
     Interval,
     Resampled,
@@ -157,10 +166,9 @@ def compare_graded(a: Graded, b: Graded, settings: CompareConfig, seed: int = 0)
     """
     if a.items["item_hash"].sort().to_list() != b.items["item_hash"].sort().to_list():
         raise CompareError(f"runs {a.meta.name!r} and {b.meta.name!r} were not graded on the same items")
-    measure, _, column = settings.primary_endpoint.partition("/")
     counts_a, counts_b = count(a.attributes, a.items), count(b.attributes, b.items)
     observed = [e for e in endpoints(counts_a.cells) if e.merge.any()]
-    if (measure, column or OVERALL) not in {(e.measure, e.column) for e in observed}:
+    if parse_endpoint(settings.primary_endpoint) not in {(e.measure, e.column) for e in observed}:
         raise CompareError(
             f"compare.primary_endpoint is {settings.primary_endpoint!r}; use one of {', '.join(MEASURES)}, or "
             "measure/column of a column that is not empty"
@@ -284,10 +292,8 @@ def verdict(comparison: Comparison) -> str:
 
 def primary_and_usual(comparison: Comparison) -> list[tuple[str, str]]:
     """(measure, column) of what a verdict is about: the primary endpoint first, then the two that always are."""
-    measure, _, column = comparison.primary_endpoint.partition("/")
-    return list(
-        dict.fromkeys([(measure, column or OVERALL), ("balanced_accuracy", OVERALL), ("iou", OVERALL)])
-    )
+    primary = parse_endpoint(comparison.primary_endpoint)
+    return list(dict.fromkeys([primary, ("balanced_accuracy", OVERALL), ("iou", OVERALL)]))
 
 
 MEASURE_NAMES: Mapping[str, str] = {

@@ -128,6 +128,12 @@ def endpoints(cells: Sequence[tuple[Any, ...]]) -> list[Endpoint]:
     return found
 
 
+def parse_endpoint(name: str) -> tuple[str, str]:
+    """(measure, column) of an endpoint as it is configured: `balanced_accuracy`, or `iou/Femur` for one column."""
+    measure, _, column = name.partition("/")
+    return measure, column or OVERALL
+
+
 def grades_of(grade_space: str) -> range:
     """The grades of a space as it is named: "ordinal 0-3"."""
     first, last = grade_space.split()[-1].split("-")

@@ -30,16 +30,16 @@ from pydantic import BaseModel, Field, ValidationError
 
 from rewards.errors import ReasonKneeError
 from rewards.types import Example
-from rl.answering import run_meta, split_of
+from rl.answering import run_meta
 from rl.bench.answers import BenchRun, answer_row, write_run
 from rl.bench.journal import Entry, Journal
+from rl.choices import reader_of, reasoning_of, split_of
 from rl.config import Config
 from rl.config_openai import OpenAIConfig
 from rl.data.boxes import parse_convention
 from rl.data.examples import load_examples
 from rl.evaluate import OnProgress, limited
 from rl.geometry import vision_geometry
-from rl.task import reader_of, reasoning_of
 from rollouts.prompts import INSTRUCTION, SYSTEM_PROMPT, question_text, volume_header
 from rollouts.volumes import PatchSizes, read_volume, view_frames
 

@@ -21,6 +21,7 @@ from rl.data.layout import (
     Split,
     SplitRow,
     data_root,
+    item_file_name,
     read_question_file,
     read_question_labels,
     read_split,
@@ -170,8 +171,7 @@ def _count(rows: Sequence[SplitRow], volumes: Mapping[str, CheckedVolume]) -> Sp
 
 def _item_files(config: Config, report: CheckReport) -> dict[str, Split]:
     """The configured item files, and every other one whose name tells its split."""
-    data = config.data
-    files: dict[str, Split] = {data.train_file: "train", data.val_file: "val", data.test_file: "test"}
+    files: dict[str, Split] = {item_file_name(config, split): split for split in SPLITS}
     for path in sorted((report.root / "generate_data").glob("*.json")):
         if path.name in files:
             continue

@@ -15,7 +15,16 @@ from rewards.ontology import QUESTIONS
 from rewards.types import Example, Truth, VolumeRef
 from rl.config import Config, ConfigError
 from rl.data.arrow_cache import cache_key, cached_table
-from rl.data.layout import DataError, Fault, Split, data_root, question_label_files, read_split, split_file
+from rl.data.layout import (
+    DataError,
+    Fault,
+    Split,
+    data_root,
+    item_file_name,
+    question_label_files,
+    read_split,
+    split_file,
+)
 from rl.data.rows import Row, RowBuilder
 
 
@@ -108,12 +117,7 @@ def load_examples(config: Config, split: Split, file: str | None = None) -> Exam
     root = data_root(config)
     if config.data.box_source not in ("text", "mask"):
         raise ConfigError(f'data.box_source is {config.data.box_source!r}; write "text" or "mask"')
-    name = (
-        file
-        or {"train": config.data.train_file, "val": config.data.val_file, "test": config.data.test_file}[
-            split
-        ]
-    )
+    name = file or item_file_name(config, split)
     path = root / "generate_data" / name
     sources = read_split(root, split)
     builder = RowBuilder(config, root, split, sources)

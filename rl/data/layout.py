@@ -133,6 +133,12 @@ def relative_path(written: str, place: str) -> str:
     return path
 
 
+def item_file_name(config: Config, split: Split) -> str:
+    """Name of the split's configured item file under `generate_data`."""
+    data = config.data
+    return {"train": data.train_file, "val": data.val_file, "test": data.test_file}[split]
+
+
 def split_file(root: Path, split: Split) -> Path:
     """Path of a split's CSV."""
     return root / "split_files" / f"{split}_split.csv"

@@ -75,3 +75,4 @@ def test_an_attribute_without_a_true_grade_is_not_singled_out() -> None:
     assert graded_alone(example, 2) is example
     ungraded = replace(example, truth=Truth({SIZE: 1}, None))
     assert graded_alone(ungraded, 1) is ungraded
+    assert graded_alone(ungraded, 0) is ungraded  # the only grade there is

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rl.answering import split_of
 from rl.bench.answers import read_run
+from rl.choices import split_of
 from rl.config import Config, ConfigError
 from rl.engine import engine_options, start_engine
 from rl.evaluate import evaluate, evaluate_baselines, is_current

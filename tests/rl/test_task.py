@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from rl.choices import reader_of, reasoning_of
 from rl.config import Config, ConfigError
 from rl.packed import pack
-from rl.task import Task, reader_of, reasoning_of
+from rl.task import Task
 from rollouts.cache import CacheError
 from rollouts.positions import mrope_positions
 from rollouts.prompts import PromptError
