@@ -329,6 +329,9 @@ class GRPOTrainer:
     ) -> dict[str, float]:
         """Means over all ranks; rank 0 also writes the completions."""
         records = gather_object(completion_records(step + 1, scored, self.task))
+        hit_rates: list[float | None] = gather_object(
+            [r.prefix_hit_rate for s in scored for r in s.group.rollouts]
+        )
         all_sums: list[dict[str, float]] = gather_object([sums])
         if not self.accelerator.is_main_process:
             return {}
@@ -344,6 +347,9 @@ class GRPOTrainer:
         for name, key in PER_TOKEN.items():
             if any(key in s for s in all_sums):
                 record[name] = sum(s.get(key, 0.0) for s in all_sums) / tokens
+        known = [rate for rate in hit_rates if rate is not None]
+        if known:
+            record["prefix_hit_rate"] = sum(known) / len(known)
         record |= {"agreement/max": agreement.largest, "agreement/mean": agreement.mean, **watch.seconds}
         record["seconds"] = sum(watch.seconds.values())
         return record

@@ -69,6 +69,8 @@ class Rollout:
     finish_reason: Literal["stop", "length"]
     adapter_version: int
     """Version returned by `load_adapter`; 0 is the base model without an adapter."""
+    prefix_hit_rate: float | None = None
+    """Share of prompt tokens that the engine had in its prefix cache, over the call that made this; None: no cache."""
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,7 @@ _FIXED_OPTIONS: dict[str, Any] = {
     "enable_prefix_caching": True,
     # log-probabilities of the distribution that was sampled from, temperature included
     "logprobs_mode": "processed_logprobs",
-    "disable_log_stats": True,
+    "disable_log_stats": False,  # they count what the prefix cache saves
 }
 
 
@@ -300,7 +300,7 @@ def _groups(
     tokens = np.split(np.frombuffer(arrays[0], dtype=np.int32), ends)
     logps = np.split(np.frombuffer(arrays[1], dtype=np.float32), ends)
     rollouts = [
-        Rollout(tuple(ids.tolist()), tuple(values.tolist()), text, reason, version)
+        Rollout(tuple(ids.tolist()), tuple(values.tolist()), text, reason, version, reply["prefix_hit_rate"])
         for ids, values, text, reason in zip(
             tokens, logps, reply["texts"], reply["finish_reasons"], strict=True
         )

@@ -83,7 +83,9 @@ class Worker:
             )
             for prompt in request["prompts"]
         ]
+        asked_before, hit_before = self._prefix_cache()
         outputs = self.llm.generate(prompts, parameters, use_tqdm=False, lora_request=self.adapter)
+        asked, hit = self._prefix_cache()
         for prompt, output in zip(request["prompts"], outputs, strict=True):
             if len(output.prompt_token_ids) != prompt["length"]:
                 raise RuntimeError(
@@ -91,7 +93,15 @@ class Worker:
                 )
         if self.sleeps:
             self.llm.sleep(level=1)
-        return self._reply([completion for output in outputs for completion in output.outputs])
+        reply, buffers_out = self._reply([completion for output in outputs for completion in output.outputs])
+        return {**reply, "prefix_hit_rate": (hit - hit_before) / (asked - asked_before)}, buffers_out
+
+    def _prefix_cache(self) -> tuple[int, int]:
+        """Prompt tokens that were looked up in the prefix cache since the start, and those that it had."""
+        from vllm.v1.metrics.reader import Counter
+
+        counters = {m.name: m.value for m in self.llm.get_metrics() if isinstance(m, Counter)}
+        return counters["vllm:prefix_cache_queries"], counters["vllm:prefix_cache_hits"]
 
     def _reply(self, completions: list[Any]) -> tuple[Header, list[Buffer]]:
         tokens = [list(completion.token_ids) for completion in completions]

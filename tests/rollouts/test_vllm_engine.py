@@ -86,6 +86,22 @@ def test_two_questions_about_one_volume_are_answered_apart(
     assert groups[0].rollouts != groups[1].rollouts
 
 
+def test_the_share_of_the_prefix_cache_is_told(
+    engine: VllmEngine, make_prompt: Callable[..., Prompt], make_adapter: Callable[[int], Path]
+) -> None:
+    """Of G samples one pays for the prompt; a new adapter makes the cache worthless; short prompts fill no block."""
+    prompt = make_prompt(6, 0, words=150)
+    block, length, n = 32, len(prompt.token_ids), 4
+    once = (n - 1) / n * (length // block * block) / length
+    engine.load_adapter(make_adapter(1))
+    for rate in (once, length // block * block / length):
+        (group,) = engine.generate([prompt], n, Sampling(max_tokens=4), [0])
+        assert [rollout.prefix_hit_rate for rollout in group.rollouts] == pytest.approx([rate] * n)
+    engine.load_adapter(make_adapter(2))
+    (group,) = engine.generate([prompt], n, Sampling(max_tokens=4), [0])
+    assert group.rollouts[0].prefix_hit_rate == pytest.approx(once)
+
+
 def test_adapter_versions_are_never_reused(engine: VllmEngine, make_adapter: Callable[[int], Path]) -> None:
     versions = [
         engine.load_adapter(folder) for folder in (make_adapter(1), None, make_adapter(1), make_adapter(2))
