@@ -24,11 +24,15 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ATTENTION_NAME = "packed_tree"
+LOGITS_AT_ONCE = 2**27
+"""Most logits of completion tokens in memory (0.5 GiB). Where there are more (a real vocabulary has 150,000 entries),
+they are made in parts, and made again in the backward pass."""
 
 
 @dataclass
@@ -297,17 +301,20 @@ class PackedPolicy(nn.Module):
         Returns:
             logps_N_T (0 where there is no token), entropies_N_T (without gradient), both float32.
         """
-        logits = self.logits(batch)
-        logps = F.log_softmax(logits / temperature, dim=-1)
-        token_logps = logps.gather(-1, batch.targets_N_T[batch.mask_N_T][:, None]).squeeze(-1)
-        with torch.no_grad():
-            entropy = -(logps.exp() * logps).sum(-1)
-        out = torch.zeros(2, *batch.mask_N_T.shape, dtype=logps.dtype, device=logps.device)
-        logps_N_T = out[0].masked_scatter(batch.mask_N_T, token_logps)
-        return logps_N_T, out[1].masked_scatter(batch.mask_N_T, entropy)
+        hidden_n_H, targets_n = self._predictors(batch), batch.targets_N_T[batch.mask_N_T]
+        rows = max(1, LOGITS_AT_ONCE // self.causal_lm.lm_head.out_features)
+        parts = zip(hidden_n_H.split(rows), targets_n.split(rows), strict=True)
+        if len(targets_n) <= rows:
+            scored = [self._score(hidden, targets, temperature) for hidden, targets in parts]
+        else:
+            scored = [checkpoint(self._score, *part, temperature, use_reentrant=False) for part in parts]
+        logps_n, entropies_n = (torch.cat(x) for x in zip(*scored, strict=True))
+        out = torch.zeros(2, *batch.mask_N_T.shape, dtype=logps_n.dtype, device=logps_n.device)
+        logps_N_T = out[0].masked_scatter(batch.mask_N_T, logps_n)
+        return logps_N_T, out[1].masked_scatter(batch.mask_N_T, entropies_n)
 
-    def logits(self, batch: PackedBatch) -> torch.Tensor:
-        """Float32 logits [tokens, vocabulary] that predict the completion tokens, in row order."""
+    def _predictors(self, batch: PackedBatch) -> torch.Tensor:
+        """Hidden states [tokens, H] that predict the completion tokens, in row order."""
         embeds = self.language_model.embed_tokens(batch.input_ids_L)
         if batch.features_V_H is not None:
             embeds = embeds.index_copy(0, batch.visual_V, batch.features_V_H.to(embeds.dtype))
@@ -318,9 +325,18 @@ class PackedPolicy(nn.Module):
             use_cache=False,
             layout=batch.layout,
         ).last_hidden_state[0]
-        predictors = hidden[batch.predictors_N_T[batch.mask_N_T]]
-        logits = self.causal_lm.lm_head(predictors)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return hidden[batch.predictors_N_T[batch.mask_N_T]]
+
+    def _score(
+        self, hidden_n_H: torch.Tensor, targets_n: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the targets, and entropies without gradient. Logits are float32 at least."""
+        logits = self.causal_lm.lm_head(hidden_n_H)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logps = F.log_softmax(logits / temperature, dim=-1)
+        with torch.no_grad():
+            entropies = -(logps.exp() * logps).sum(-1)
+        return logps.gather(-1, targets_n[:, None]).squeeze(-1), entropies
 
     def _positions(self, positions_3_L: torch.Tensor) -> torch.Tensor:
         multimodal = "mrope_section" in (getattr(self.language_model.config, "rope_parameters", None) or {})

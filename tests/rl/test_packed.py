@@ -145,6 +145,30 @@ def test_float32_stays_within_the_stated_tolerance(policy: PackedPolicy) -> None
     assert ((rounded - exact).abs() <= 1e-5 * exact.abs().clamp(min=1.0)).all()
 
 
+def test_logits_in_parts_give_the_same_log_probabilities_entropies_and_gradients(
+    policy: PackedPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What keeps the logits of a real vocabulary out of memory."""
+    batch = pack(random_forest(policy, [[[5, 4], [3]], [[2, 0, 1]]]), policy.causal_lm.config.video_token_id)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+
+    def outcome() -> list[torch.Tensor]:
+        logps_N_T, entropies_N_T = policy(batch, 0.7)
+        return [logps_N_T, entropies_N_T, *torch.autograd.grad(logps_N_T.pow(2).sum(), trained)]
+
+    whole, seen = outcome(), []
+    score = policy._score
+    monkeypatch.setattr(
+        policy, "_score", lambda hidden, *rest: seen.append(len(hidden)) or score(hidden, *rest)
+    )
+    monkeypatch.setattr("rl.packed.LOGITS_AT_ONCE", 4 * policy.causal_lm.lm_head.out_features)
+    parts = outcome()
+    assert seen[:4] == [4, 4, 4, 3]
+    assert len(seen) == 8  # once more in the backward pass
+    for a, b in zip(parts, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 def test_plain_text_prompts_of_a_second_architecture_pack_the_same_way() -> None:
     torch.manual_seed(0)
     config = Qwen3Config(
