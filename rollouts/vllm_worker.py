@@ -94,7 +94,9 @@ class Worker:
         if self.sleeps:
             self.llm.sleep(level=1)
         reply, buffers_out = self._reply([completion for output in outputs for completion in output.outputs])
-        return {**reply, "prefix_hit_rate": (hit - hit_before) / (asked - asked_before)}, buffers_out
+        looked_up = asked - asked_before  # nothing, when the cache is off
+        rate = (hit - hit_before) / looked_up if looked_up else None
+        return {**reply, "prefix_hit_rate": rate}, buffers_out
 
     def _prefix_cache(self) -> tuple[int, int]:
         """Prompt tokens that were looked up in the prefix cache since the start, and those that it had."""

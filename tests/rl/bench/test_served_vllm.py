@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -62,7 +63,11 @@ def vllm_url(tmp_path: Path) -> Iterator[str]:
         wait_until_healthy(f"http://127.0.0.1:{port}/health", server, tmp_path / "vllm.log")
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        os.killpg(server.pid, signal.SIGKILL)  # its session is its own: the engine's processes go with it
+        server.terminate()  # killed at once it would leave shared memory behind
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(timeout=30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)  # its session is its own: the engine's processes go with it
         server.wait()
         log.close()
 
