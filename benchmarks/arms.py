@@ -1,0 +1,59 @@
+"""Arms of a benchmark: each in a process of its own, asked in turn, so that they share one machine and one hour."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+Answer = Callable[..., Any]
+
+
+class Timed(NamedTuple):
+    """What an arm did for a request."""
+
+    result: Any
+    seconds: float
+    bytes: int
+    """Most memory that any request has taken so far on top of the arm at rest."""
+
+
+class Arm:
+    """A process that builds `make(*args)`, a function, and calls it with every request."""
+
+    def __init__(self, make: Callable[..., Answer], *args: Any) -> None:
+        context = get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, args))
+        self._process.start()
+        self._connection.recv()
+
+    def ask(self, *request: Any) -> Timed:
+        """Call the arm's function."""
+        self._connection.send(request)
+        return Timed(*self._connection.recv())
+
+    def stop(self) -> None:
+        """End the process."""
+        self._connection.send(None)
+        self._process.join()
+
+
+def _serve(connection: Connection, make: Callable[..., Answer], args: tuple[Any, ...]) -> None:
+    answer = make(*args)
+    gc.collect()
+    resting = psutil.Process().memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5")  # forgets what building took
+    connection.send("ready")
+    while (request := connection.recv()) is not None:
+        started = time.perf_counter()
+        result = answer(*request)
+        seconds = time.perf_counter() - started
+        peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
+        connection.send((result, seconds, 1024 * int(peak) - resting))

@@ -1,0 +1,198 @@
+"""What the arms of `train_step.py` compute: a volume with its questions, and each arm's step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from middle_model import IMAGE, TOKENIZER, Volume, build_model, words
+from peft import PeftModel
+
+from rl.loss import LossInputs, LossSettings, StepTotals, grpo_loss
+from rl.packed import Node, PackedPolicy, pack
+
+QUESTION_TOKENS, COMPLETION_TOKENS = 60, 96
+SETTINGS = LossSettings(loss_type="grpo")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every arm computes: one volume, `questions` questions about it, G completions of each."""
+
+    visual_tokens: int
+    generations: int
+    questions: int
+
+    @property
+    def volume(self) -> Volume:
+        """The volume all questions are about."""
+        return Volume(self.visual_tokens)
+
+    @property
+    def volume_ids(self) -> list[int]:
+        """Its tokens, one for each row of features."""
+        return self.volume.token_ids(self.visual_tokens // len(self.volume.grids))
+
+    def texts(self) -> list[tuple[list[int], list[list[int]], torch.Tensor]]:
+        """Question, completions and advantages_G, for each question."""
+        generator = torch.Generator().manual_seed(2)
+        return [
+            (
+                words(QUESTION_TOKENS, generator),
+                [words(COMPLETION_TOKENS, generator) for _ in range(self.generations)],
+                torch.randn(self.generations, generator=generator),
+            )
+            for _ in range(self.questions)
+        ]
+
+
+def features_and_positions(model: PeftModel, work: Work) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a cache would hold: features_V_H of the volume, and the rotary positions_3_T of its tokens."""
+    inner = model.get_base_model().model
+    ids = torch.tensor([work.volume_ids])
+    with torch.no_grad():
+        features = torch.cat(inner.get_image_features(work.volume.patches(), work.volume.grids).pooler_output)
+    positions, _ = inner.get_rope_index(ids, (ids == IMAGE).int(), work.volume.grids)
+    return features, positions[:, 0]
+
+
+Forward = Callable[[], float]
+"""All forwards and backwards of a step; returns its loss. Gradients are left on the adapter."""
+
+
+def packed(model: PeftModel, work: Work) -> Forward:
+    """Ours."""
+    features, positions = features_and_positions(model, work)
+    policy = PackedPolicy(model)
+    root, advantages = Node(work.volume_ids, positions, features), []
+    for question, completions, advantages_G in work.texts():
+        root.children.append(Node(question, children=[Node(ids, scored=True) for ids in completions]))
+        advantages.append(advantages_G)
+    totals = StepTotals(work.questions * work.generations, 0, 1)
+
+    def step() -> float:
+        batch = pack([root], IMAGE)
+        logps_N_T, _ = policy(batch)
+        loss, _ = grpo_loss(
+            LossInputs(logps_N_T, torch.cat(advantages)[:, None], batch.mask_N_T), SETTINGS, totals
+        )
+        loss.backward()
+        return float(loss.detach())
+
+    return step
+
+
+def padded(model: PeftModel, work: Work, batch: int) -> Forward:
+    """transformers' own forward of whole rows on cached features, `batch` rows at a time."""
+    features, volume_positions = features_and_positions(model, work)
+    inner = model.get_base_model()
+    rows, advantages_N = rows_of(work)
+    after = torch.arange(rows.shape[1] - volume_positions.shape[1]) + int(volume_positions.max()) + 1
+    positions = torch.cat([volume_positions, after.expand(3, -1)], dim=1)
+    visual = rows[0] == IMAGE
+
+    def step() -> float:
+        total = 0.0
+        for part in range(0, len(rows), batch):
+            ids, advantages = rows[part : part + batch], advantages_N[part : part + batch, None]
+            embeds = inner.get_input_embeddings()(ids).clone()
+            embeds[:, visual] = features
+            hidden = inner.model.language_model(
+                inputs_embeds=embeds,
+                position_ids=positions[:, None].expand(-1, len(ids), -1),
+                use_cache=False,
+            ).last_hidden_state[:, -COMPLETION_TOKENS - 1 : -1]
+            targets = ids[:, -COMPLETION_TOKENS:]
+            logps = F.log_softmax(inner.lm_head(hidden).float(), dim=-1)
+            logps_N_T = logps.gather(-1, targets[..., None]).squeeze(-1)
+            inputs = LossInputs(logps_N_T, advantages, torch.ones_like(targets, dtype=torch.bool))
+            loss, _ = grpo_loss(inputs, SETTINGS, StepTotals(len(rows), 0, 1))
+            loss.backward()
+            total += float(loss.detach())
+        return total
+
+    return step
+
+
+def trl(model: PeftModel, work: Work, batch: int) -> Forward:
+    """The stock trainer's `training_step` on rows of pictures and text, `batch` rows at a time."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    arguments = GRPOConfig(
+        output_dir=mkdtemp(),
+        loss_type="grpo",
+        epsilon_high=SETTINGS.epsilon_high,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=work.generations // batch,
+        num_generations=work.generations,
+        max_completion_length=COMPLETION_TOKENS,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+    )
+    trainer = GRPOTrainer(
+        model,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=arguments,
+        train_dataset=Dataset.from_dict({"prompt": ["-"] * work.generations}),
+        processing_class=TOKENIZER,
+    )
+    trainer._prepare_inputs = lambda inputs: inputs  # the rollouts are here already
+    trainer.current_gradient_accumulation_steps = work.generations // batch
+    rows, advantages_N = rows_of(work)
+    patches, grids = work.volume.patches(), work.volume.grids
+
+    def step() -> float:
+        total = torch.zeros(())
+        for part in range(0, len(rows), batch):
+            ids = rows[part : part + batch]
+            inputs = {
+                "prompt_ids": ids[:, :-COMPLETION_TOKENS],
+                "prompt_mask": torch.ones_like(ids[:, :-COMPLETION_TOKENS]),
+                "completion_ids": ids[:, -COMPLETION_TOKENS:],
+                "completion_mask": torch.ones_like(ids[:, -COMPLETION_TOKENS:]),
+                "advantages": advantages_N[part : part + batch],
+                "pixel_values": patches.repeat(len(ids), 1),
+                "image_grid_thw": grids.repeat(len(ids), 1),
+                "num_images": [len(grids)] * len(ids),
+                "mm_token_type_ids": (ids == IMAGE).int(),
+                "num_items_in_batch": torch.tensor(rows.shape[0] * COMPLETION_TOKENS),
+            }
+            total += trainer.training_step(trainer.model, inputs, None)
+        return float(total)
+
+    return step
+
+
+def rows_of(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids_N_L and advantages_N of one question's completions, each as a row of its own."""
+    ((question, completions, advantages_G),) = work.texts()
+    return torch.tensor([[*work.volume_ids, *question, *ids] for ids in completions]), advantages_G
+
+
+ARMS: dict[str, Callable[..., Forward]] = {"trl": trl, "padded": padded, "packed": packed}
+
+
+def make_step(arm: str, threads: int, *work: Any) -> Callable[[str], Any]:
+    """A function that takes the arm's step ("step"), or returns its loss and adapter gradients ("gradients")."""
+    torch.set_num_threads(threads)
+    model = build_model()
+    adapter = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(adapter.values(), lr=1e-4)
+    forward = ARMS[arm](model, *work)
+
+    def answer(request: str) -> Any:
+        loss = forward()
+        gradients = {name: p.grad.clone() for name, p in adapter.items()} if request == "gradients" else {}
+        if request == "step":
+            optimizer.step()
+        optimizer.zero_grad()
+        return loss, gradients
+
+    return answer

@@ -1,0 +1,191 @@
+"""The training part of a GRPO step: the packed prefix tree beside TRL, on the same model, rollouts and loss.
+
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/train_step.py [--visual-tokens 2000] [--generations 8] [--repetitions 5]
+        [--out docs/performance]
+
+A step is forward, loss, backward and AdamW on a LoRA adapter (r = 16) of a Qwen2.5-VL of 35 million parameters with
+random weights, for completions of 96 tokens. Four arms, each in a process of its own, take their steps in turn:
+
+    trl        `trl.GRPOTrainer.training_step`: pictures in, so vision tower and prompt run once per completion
+    padded     the plain forward on cached features: no vision tower, but the prompt once per completion
+    packed-1   the prefix tree, one question about the volume
+    packed-4   the prefix tree, four questions about the volume
+
+The first two run at the fastest of the batch sizes 1, 2, 4 and 8 per forward, without gradient checkpointing and
+without a pass for old log-probabilities. Before anything is timed, loss and adapter gradients of one question are
+compared across the arms. Seconds are those of a question, memory is what a step takes on top of the resting model; a
+ratio is formed within each repetition.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from arms import Arm
+from middle_model import SLICES_AND_SIDE, build_model
+from performance_page import update_page
+from step_arms import COMPLETION_TOKENS, QUESTION_TOKENS, Work, make_step
+
+BATCHES = (1, 2, 4, 8)
+"""Rows a forward that are tried."""
+
+
+def fastest(arm: str, work: Work, threads: int) -> tuple[int, Arm]:
+    """The arm at its best batch size, by one timed step each after one to warm up."""
+    seconds = {}
+    for batch in (b for b in BATCHES if work.generations % b == 0):
+        candidate = Arm(make_step, arm, threads, work, batch)
+        candidate.ask("step")
+        seconds[batch] = candidate.ask("step").seconds
+        candidate.stop()
+        print(f"  {arm} at {batch} rows a forward: {seconds[batch]:.2f} s", flush=True)
+    best = min(seconds, key=seconds.__getitem__)
+    return best, Arm(make_step, arm, threads, work, best)
+
+
+def require_the_same_work(arms: Mapping[str, Arm]) -> float:
+    """Largest difference of an adapter tensor's gradient from the first arm's, relative to its norm.
+
+    Raises:
+        SystemExit: losses or gradients differ: the arms would not be doing the same work.
+    """
+    (first, (loss, gradients)), *others = ((name, arm.ask("gradients").result) for name, arm in arms.items())
+    worst = 0.0
+    for name, (other_loss, other) in others:
+        worst = max(worst, *(float((other[n] - g).norm() / g.norm()) for n, g in gradients.items()))
+        if abs(other_loss - loss) > 1e-5 * max(1.0, abs(loss)) or worst > 1e-4:
+            raise SystemExit(
+                f"{name} and {first} differ: losses {other_loss} and {loss}, gradients by {worst}"
+            )
+    return worst
+
+
+def tree_flops(work: Work) -> float:
+    """Floating-point operations of the packed step: what is masked is not counted, nor is anything twice.
+
+    The base is frozen: a weight costs 2 forward and 2 backward for each token, an adapter's weight 6. A pair of
+    attending tokens costs 4 d forward and 8 d backward for each head.
+    """
+    model = build_model()
+    text = model.get_base_model().config.text_config
+    layers = [
+        (name, p.numel())
+        for name, p in model.named_parameters()
+        if "language_model.layers" in name and p.dim() == 2
+    ]
+    adapter = sum(n for name, n in layers if "lora_" in name)
+    base = sum(n for name, n in layers if "lora_" not in name)
+    volume, q, t = len(work.volume_ids), QUESTION_TOKENS, COMPLETION_TOKENS
+    n = work.questions * work.generations
+    tokens = volume + work.questions * q + n * t
+    pairs = _causal(0, volume) + work.questions * _causal(volume, q) + n * _causal(volume + q, t)
+    attention = 12 * text.num_hidden_layers * text.hidden_size * pairs
+    head = 4 * text.hidden_size * text.vocab_size * n * t
+    return float((4 * base + 6 * adapter) * tokens + attention + head)
+
+
+def _causal(ancestors: int, own: int) -> int:
+    return own * ancestors + own * (own + 1) // 2
+
+
+def matmul_peak(threads: int) -> float:
+    """Floating-point operations per second of the best of ten float32 products of 2048 x 2048."""
+    torch.set_num_threads(threads)
+    a, b = torch.randn(2, 2048, 2048)
+    times = []
+    for _ in range(10):
+        started = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - started)
+    return 2 * 2048**3 / min(times)
+
+
+def measure(visual_tokens: int, generations: int, repetitions: int, threads: int) -> dict[str, Any]:
+    """All arms of one cell of the table."""
+    work = {questions: Work(visual_tokens, generations, questions) for questions in (1, 4)}
+    print(f"{visual_tokens} visual tokens, G = {generations}", flush=True)
+    batch, arms = {}, {}
+    for name in ("trl", "padded"):
+        batch[name], arms[name] = fastest(name, work[1], threads)
+    arms["packed-1"] = Arm(make_step, "packed", threads, work[1])
+    difference = require_the_same_work(arms)
+    arms["packed-4"] = Arm(make_step, "packed", threads, work[4])
+    questions = {name: 4 if name == "packed-4" else 1 for name in arms}
+    for arm in arms.values():
+        arm.ask("step")
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    peaks = []
+    for _ in range(repetitions):
+        for name, arm in arms.items():
+            seconds[name].append(arm.ask("step").seconds / questions[name])
+        peaks.append(matmul_peak(threads))
+    mib = {name: arm.ask("step").bytes / 2**20 for name, arm in arms.items()}
+    for arm in arms.values():
+        arm.stop()
+    packed = ("packed-1", "packed-4")
+    flops = {name: tree_flops(work[questions[name]]) / questions[name] for name in packed}
+    return {
+        "visual_tokens": visual_tokens,
+        "generations": generations,
+        "threads": threads,
+        "batch": batch,
+        "gradient_difference": difference,
+        "seconds": seconds,
+        "mib": mib,
+        "utilisation": {
+            name: [flops[name] / s / peak for s, peak in zip(seconds[name], peaks, strict=True)]
+            for name in packed
+        },
+    }
+
+
+def section(cells: Sequence[dict[str, Any]]) -> str:
+    """The cells as a table."""
+    lines = [
+        "| visual tokens | G | arm | seconds | TRL's time / its own | MiB | TRL's MiB / its own | of matmul peak |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for cell in sorted(cells, key=lambda c: (c["visual_tokens"], c["generations"])):
+        for name, seconds in cell["seconds"].items():
+            ratios = [a / b for a, b in zip(cell["seconds"]["trl"], seconds, strict=True)]
+            batch = f", {cell['batch'][name]} rows a forward" if name in cell["batch"] else ""
+            used = cell["utilisation"].get(name)
+            lines.append(
+                f"| {cell['visual_tokens']:,} | {cell['generations']} | {name}{batch} | {np.median(seconds):.2f} | "
+                f"{np.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f}) | {cell['mib'][name]:,.0f} | "
+                f"{cell['mib']['trl'] / cell['mib'][name]:.1f} | {f'{np.median(used):.0%}' if used else ''} |"
+            )
+    worst = max(cell["gradient_difference"] for cell in cells)
+    return "\n".join(
+        [*lines, "", f"Adapter gradients of the arms differ by {worst:.0e} of their norm at most."]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--visual-tokens", type=int, nargs="+", default=[2000], choices=sorted(SLICES_AND_SIDE)
+    )
+    parser.add_argument("--generations", type=int, nargs="+", default=[8])
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, help="page to bring up to date, without its ending")
+    options = parser.parse_args()
+    for visual_tokens in options.visual_tokens:
+        for generations in options.generations:
+            cell = measure(visual_tokens, generations, options.repetitions, options.threads)
+            print(section([cell]), flush=True)
+            if options.out:
+                update_page(options.out, "train_step", f"{visual_tokens}-{generations}", cell, section)
+
+
+if __name__ == "__main__":
+    main()
