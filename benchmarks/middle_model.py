@@ -1,6 +1,7 @@
-"""What the speed benchmarks run on: a Qwen2.5-VL of 35 million parameters with random weights, and volumes for it.
+"""What the speed benchmarks run on: Qwen2.5-VL with random weights, and volumes for it.
 
-Like the 3B model it spends about as much on a visual token in its vision tower as in its language model.
+Like the 3B model, that of 35 million parameters spends about as much on a visual token in its vision tower as in its
+language model.
 """
 
 from __future__ import annotations
@@ -57,41 +58,68 @@ def words(n: int, generator: torch.Generator) -> list[int]:
     return torch.randint(WORDS.start, WORDS.stop, (n,), generator=generator).tolist()
 
 
-def build_model() -> PeftModel:
-    """The model with an adapter (r = 16) whose B is not zero; the same in every process."""
-    torch.manual_seed(0)
-    text = {
+LANGUAGE = {
+    "35M": {
         "vocab_size": 8192,
         "hidden_size": 512,
         "intermediate_size": 1408,
         "num_hidden_layers": 8,
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 16384,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
-        **dict.fromkeys(["bos_token_id", "eos_token_id", "pad_token_id"], END),
-        "tie_word_embeddings": True,
-    }
-    vision = {
+    },
+    "3B": {
+        "vocab_size": 151_936,
+        "hidden_size": 2048,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    },
+}
+"""Sizes of language models; "3B" is Qwen2.5-VL-3B's."""
+VISION = {
+    "35M": {
         "depth": 8,
         "hidden_size": 256,
         "intermediate_size": 688,
         "num_heads": 4,
         "fullatt_block_indexes": [3, 7],
-        "out_hidden_size": 512,
-        "tokens_per_second": 2,
+    },
+    "3B": {
+        "depth": 1,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "fullatt_block_indexes": [0],
+    },
+}
+"""Their towers; that of the large model only makes features of the right width, once."""
+
+
+def build_model(size: str = "35M", device: str = "cpu") -> PeftModel:
+    """The model with an adapter (r = 16) whose B is not zero; the same in every process. bfloat16 on a GPU."""
+    torch.manual_seed(0)
+    text = LANGUAGE[size] | {
+        "max_position_embeddings": 16384,
+        **dict.fromkeys(["bos_token_id", "eos_token_id", "pad_token_id"], END),
+        "tie_word_embeddings": True,
     }
     config = Qwen2_5_VLConfig(
         text_config=text,
-        vision_config=vision,
+        vision_config=VISION[size] | {"out_hidden_size": text["hidden_size"], "tokens_per_second": 2},
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         vision_start_token_id=VISION_START,
         vision_end_token_id=VISION_END,
         tie_word_embeddings=True,
+        dtype=torch.float32 if device == "cpu" else torch.bfloat16,
     )
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, exclude_modules=".*visual.*")
-    model = get_peft_model(Qwen2_5_VLForConditionalGeneration(config), lora)
+    with torch.device(device):
+        base = Qwen2_5_VLForConditionalGeneration._from_config(config)
+        lora = LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, exclude_modules=".*visual.*")
+        model = get_peft_model(base, lora)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)

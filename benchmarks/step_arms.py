@@ -15,7 +15,7 @@ from peft import PeftModel
 from rl.loss import LossInputs, LossSettings, StepTotals, grpo_loss
 from rl.packed import Node, PackedPolicy, pack
 
-QUESTION_TOKENS, COMPLETION_TOKENS = 60, 96
+QUESTION_TOKENS = 60
 SETTINGS = LossSettings(loss_type="grpo")
 
 
@@ -26,6 +26,7 @@ class Work:
     visual_tokens: int
     generations: int
     questions: int
+    completion_tokens: int = 96
 
     @property
     def volume(self) -> Volume:
@@ -43,7 +44,7 @@ class Work:
         return [
             (
                 words(QUESTION_TOKENS, generator),
-                [words(COMPLETION_TOKENS, generator) for _ in range(self.generations)],
+                [words(self.completion_tokens, generator) for _ in range(self.generations)],
                 torch.randn(self.generations, generator=generator),
             )
             for _ in range(self.questions)
@@ -53,10 +54,12 @@ class Work:
 def features_and_positions(model: PeftModel, work: Work) -> tuple[torch.Tensor, torch.Tensor]:
     """What a cache would hold: features_V_H of the volume, and the rotary positions_3_T of its tokens."""
     inner = model.get_base_model().model
-    ids = torch.tensor([work.volume_ids])
+    ids, patches, grids = torch.tensor([work.volume_ids]), work.volume.patches(), work.volume.grids
     with torch.no_grad():
-        features = torch.cat(inner.get_image_features(work.volume.patches(), work.volume.grids).pooler_output)
-    positions, _ = inner.get_rope_index(ids, (ids == IMAGE).int(), work.volume.grids)
+        features = torch.cat(
+            inner.get_image_features(patches.to(model.device), grids.to(model.device)).pooler_output
+        )
+    positions, _ = inner.get_rope_index(ids, (ids == IMAGE).int(), grids)
     return features, positions[:, 0]
 
 
@@ -72,14 +75,13 @@ def packed(model: PeftModel, work: Work) -> Forward:
     for question, completions, advantages_G in work.texts():
         root.children.append(Node(question, children=[Node(ids, scored=True) for ids in completions]))
         advantages.append(advantages_G)
+    advantages_N = torch.cat(advantages).to(model.device)
     totals = StepTotals(work.questions * work.generations, 0, 1)
 
     def step() -> float:
-        batch = pack([root], IMAGE)
+        batch = pack([root], IMAGE).to(model.device)
         logps_N_T, _ = policy(batch)
-        loss, _ = grpo_loss(
-            LossInputs(logps_N_T, torch.cat(advantages)[:, None], batch.mask_N_T), SETTINGS, totals
-        )
+        loss, _ = grpo_loss(LossInputs(logps_N_T, advantages_N[:, None], batch.mask_N_T), SETTINGS, totals)
         loss.backward()
         return float(loss.detach())
 
@@ -89,10 +91,10 @@ def packed(model: PeftModel, work: Work) -> Forward:
 def padded(model: PeftModel, work: Work, batch: int) -> Forward:
     """transformers' own forward of whole rows on cached features, `batch` rows at a time."""
     features, volume_positions = features_and_positions(model, work)
-    inner = model.get_base_model()
-    rows, advantages_N = rows_of(work)
+    inner, t = model.get_base_model(), work.completion_tokens
+    rows, advantages_N = (x.to(model.device) for x in rows_of(work))
     after = torch.arange(rows.shape[1] - volume_positions.shape[1]) + int(volume_positions.max()) + 1
-    positions = torch.cat([volume_positions, after.expand(3, -1)], dim=1)
+    positions = torch.cat([volume_positions, after.expand(3, -1)], dim=1).to(model.device)
     visual = rows[0] == IMAGE
 
     def step() -> float:
@@ -105,8 +107,8 @@ def padded(model: PeftModel, work: Work, batch: int) -> Forward:
                 inputs_embeds=embeds,
                 position_ids=positions[:, None].expand(-1, len(ids), -1),
                 use_cache=False,
-            ).last_hidden_state[:, -COMPLETION_TOKENS - 1 : -1]
-            targets = ids[:, -COMPLETION_TOKENS:]
+            ).last_hidden_state[:, -t - 1 : -1]
+            targets = ids[:, -t:]
             logps = F.log_softmax(inner.lm_head(hidden).float(), dim=-1)
             logps_N_T = logps.gather(-1, targets[..., None]).squeeze(-1)
             inputs = LossInputs(logps_N_T, advantages, torch.ones_like(targets, dtype=torch.bool))
@@ -123,6 +125,7 @@ def trl(model: PeftModel, work: Work, batch: int) -> Forward:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
+    t = work.completion_tokens
     arguments = GRPOConfig(
         output_dir=mkdtemp(),
         loss_type="grpo",
@@ -130,7 +133,7 @@ def trl(model: PeftModel, work: Work, batch: int) -> Forward:
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=work.generations // batch,
         num_generations=work.generations,
-        max_completion_length=COMPLETION_TOKENS,
+        max_completion_length=t,
         gradient_checkpointing=False,
         use_cpu=True,
         bf16=False,
@@ -153,16 +156,16 @@ def trl(model: PeftModel, work: Work, batch: int) -> Forward:
         for part in range(0, len(rows), batch):
             ids = rows[part : part + batch]
             inputs = {
-                "prompt_ids": ids[:, :-COMPLETION_TOKENS],
-                "prompt_mask": torch.ones_like(ids[:, :-COMPLETION_TOKENS]),
-                "completion_ids": ids[:, -COMPLETION_TOKENS:],
-                "completion_mask": torch.ones_like(ids[:, -COMPLETION_TOKENS:]),
+                "prompt_ids": ids[:, :-t],
+                "prompt_mask": torch.ones_like(ids[:, :-t]),
+                "completion_ids": ids[:, -t:],
+                "completion_mask": torch.ones_like(ids[:, -t:]),
                 "advantages": advantages_N[part : part + batch],
                 "pixel_values": patches.repeat(len(ids), 1),
                 "image_grid_thw": grids.repeat(len(ids), 1),
                 "num_images": [len(grids)] * len(ids),
                 "mm_token_type_ids": (ids == IMAGE).int(),
-                "num_items_in_batch": torch.tensor(rows.shape[0] * COMPLETION_TOKENS),
+                "num_items_in_batch": torch.tensor(len(rows) * t),
             }
             total += trainer.training_step(trainer.model, inputs, None)
         return float(total)
@@ -176,13 +179,44 @@ def rows_of(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor([[*work.volume_ids, *question, *ids] for ids in completions]), advantages_G
 
 
+def tree_flops(model: PeftModel, work: Work) -> float:
+    """Floating-point operations of the packed step: what is masked is not counted, nor is anything twice.
+
+    The base is frozen: a weight costs 2 forward and 2 backward for each token, an adapter's weight 6. A pair of
+    attending tokens costs 4 d forward and 8 d backward for each head.
+    """
+    text = model.get_base_model().config.text_config
+    layers = [
+        (name, p.numel())
+        for name, p in model.named_parameters()
+        if "language_model.layers" in name and p.dim() == 2
+    ]
+    adapter = sum(n for name, n in layers if "lora_" in name)
+    base = sum(n for name, n in layers if "lora_" not in name)
+    volume, q, t = len(work.volume_ids), QUESTION_TOKENS, work.completion_tokens
+    n = work.questions * work.generations
+    tokens = volume + work.questions * q + n * t
+    pairs = _causal(0, volume) + work.questions * _causal(volume, q) + n * _causal(volume + q, t)
+    attention = 12 * text.num_hidden_layers * text.hidden_size * pairs
+    head = 4 * text.hidden_size * text.vocab_size * n * t
+    return float((4 * base + 6 * adapter) * tokens + attention + head)
+
+
+def _causal(ancestors: int, own: int) -> int:
+    return own * ancestors + own * (own + 1) // 2
+
+
 ARMS: dict[str, Callable[..., Forward]] = {"trl": trl, "padded": padded, "packed": packed}
 
 
 def make_step(arm: str, threads: int, *work: Any) -> Callable[[str], Any]:
     """A function that takes the arm's step ("step"), or returns its loss and adapter gradients ("gradients")."""
     torch.set_num_threads(threads)
-    model = build_model()
+    return answers(arm, build_model(), *work)
+
+
+def answers(arm: str, model: PeftModel, *work: Any) -> Callable[[str], Any]:
+    """`make_step` on a model that is there already."""
     adapter = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(adapter.values(), lr=1e-4)
     forward = ARMS[arm](model, *work)

@@ -30,7 +30,7 @@ import torch
 from arms import Arm
 from middle_model import SLICES_AND_SIDE, build_model
 from performance_page import update_page
-from step_arms import COMPLETION_TOKENS, QUESTION_TOKENS, Work, make_step
+from step_arms import Work, make_step, tree_flops
 
 BATCHES = (1, 2, 4, 8)
 """Rows a forward that are tried."""
@@ -64,34 +64,6 @@ def require_the_same_work(arms: Mapping[str, Arm]) -> float:
                 f"{name} and {first} differ: losses {other_loss} and {loss}, gradients by {worst}"
             )
     return worst
-
-
-def tree_flops(work: Work) -> float:
-    """Floating-point operations of the packed step: what is masked is not counted, nor is anything twice.
-
-    The base is frozen: a weight costs 2 forward and 2 backward for each token, an adapter's weight 6. A pair of
-    attending tokens costs 4 d forward and 8 d backward for each head.
-    """
-    model = build_model()
-    text = model.get_base_model().config.text_config
-    layers = [
-        (name, p.numel())
-        for name, p in model.named_parameters()
-        if "language_model.layers" in name and p.dim() == 2
-    ]
-    adapter = sum(n for name, n in layers if "lora_" in name)
-    base = sum(n for name, n in layers if "lora_" not in name)
-    volume, q, t = len(work.volume_ids), QUESTION_TOKENS, COMPLETION_TOKENS
-    n = work.questions * work.generations
-    tokens = volume + work.questions * q + n * t
-    pairs = _causal(0, volume) + work.questions * _causal(volume, q) + n * _causal(volume + q, t)
-    attention = 12 * text.num_hidden_layers * text.hidden_size * pairs
-    head = 4 * text.hidden_size * text.vocab_size * n * t
-    return float((4 * base + 6 * adapter) * tokens + attention + head)
-
-
-def _causal(ancestors: int, own: int) -> int:
-    return own * ancestors + own * (own + 1) // 2
 
 
 def matmul_peak(threads: int) -> float:
@@ -129,7 +101,7 @@ def measure(visual_tokens: int, generations: int, repetitions: int, threads: int
     for arm in arms.values():
         arm.stop()
     packed = ("packed-1", "packed-4")
-    flops = {name: tree_flops(work[questions[name]]) / questions[name] for name in packed}
+    flops = {name: tree_flops(build_model(), work[questions[name]]) / questions[name] for name in packed}
     return {
         "visual_tokens": visual_tokens,
         "generations": generations,
