@@ -37,4 +37,4 @@ def test_the_gpu_benchmark_runs_without_one_and_keeps_its_page(tmp_path: Path) -
     assert "old figures" not in text
     (cell,) = json.loads(page.with_suffix(".json").read_text())["gpu"].values()
     assert len(cell["seconds"]["packed-4"]) == 2
-    assert all(0 < share < 1 for share in cell["utilisation"]["packed-4"])
+    assert all(share > 0 for share in cell["utilisation"]["packed-4"])
