@@ -69,6 +69,11 @@ class Box3D:
         low, high = (tuple(n * mm for n, mm in zip(c, spacing_mm, strict=True)) for c in self.to_corners())
         return low, high
 
+    def shifted(self, slices: int, x: int, y: int) -> Box3D:
+        """The box moved by so many voxels along each axis."""
+        (s0, x0, y0), (s1, x1, y1) = self.to_corners()
+        return Box3D(s0 + slices, s1 + slices, x0 + x, x1 + x, y0 + y, y1 + y)
+
     def mirrored(self, slices: int) -> Box3D:
         """The box in the same volume with its `slices` in the opposite order."""
         return Box3D(

@@ -129,10 +129,11 @@ class HfEngine:
         facts, features = self._facts, prompt.features
         ids = torch.tensor([prompt.token_ids], device=self._base.device)
         embeds = self._base.get_input_embeddings()(ids)
-        embeds[ids == facts.video_token_id] = features.embeds_V_H.to(embeds)
+        if not features.absent:
+            embeds[ids == facts.video_token_id] = features.embeds_V_H.to(embeds)
         positions_3_L = mrope_positions(
             prompt.token_ids,
-            features.grid_thw,
+            None if features.absent else features.grid_thw,
             features.second_per_grid_t,
             video_token_id=facts.video_token_id,
             merge_size=facts.merge_size,

@@ -25,6 +25,7 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedTokenizerBase
 
+from rewards.boxes import Box3D
 from rewards.errors import ReasonKneeError
 from rewards.ontology import Question
 from rewards.types import Example, Reasoning
@@ -123,13 +124,24 @@ def _kind(question: Question) -> str:
     )
 
 
-def volume_header(example: Example) -> str:
-    """What is said before the volume: side, visit, file grid and voxel size. Shared by all questions about it."""
-    slices, columns, rows = example.volume.shape
+def asked(question: Question, reasoning: Reasoning, texts: Mapping[int, str]) -> str:
+    """What is asked: the text of the user's question file as it stands, else our wording and the declared format."""
+    text = texts.get(question.question_id)
+    return f"{question_text(question)} {INSTRUCTION[reasoning]}" if text is None else text.strip()
+
+
+def volume_header(example: Example, region: Box3D | None = None) -> str:
+    """What is said before the volume: side, visit, grid and voxel size. Shared by all questions about it.
+
+    Args:
+        region: the part of the volume that is shown alone; voxels are counted from its lowest corner then.
+    """
+    slices, columns, rows = region.extents if region else example.volume.shape
     ds, dx, dy = example.volume.spacing_mm
+    cut = "cut to the region asked about: " if region else ""
     return (
-        f"{example.side.capitalize()} knee, visit {example.visit}, {slices} slices of {columns} x {rows} voxels (x, y) "
-        f"of {ds:.2f} x {dx:.2f} x {dy:.2f} mm. "
+        f"{example.side.capitalize()} knee, visit {example.visit}, {cut}{slices} slices of {columns} x {rows} voxels "
+        f"(x, y) of {ds:.2f} x {dx:.2f} x {dy:.2f} mm. "
     )
 
 
@@ -142,14 +154,16 @@ class PromptBuilder:
         question, instruction <|im_end|>                                            | question_ids
         <|im_start|>assistant
 
+    Without a picture (`NO_PICTURE`) the question follows the header at once.
+
     Text is encoded piece by piece between special tokens, where tokenizers cut anyway, so the ids are those of the
     whole text; and text never becomes a special token, so questions from a file cannot end a turn or fake a volume.
 
     Args:
         tokenizer: with Qwen2.5-VL's special tokens.
         reasoning: declared answer format.
-        question_texts: wording by question id, from the user's question file; the answer template is added. Ours
-            for questions that are not in it.
+        question_texts: what is asked by question id, from the user's question file, as it stands. Our wording for
+            questions that are not in it.
     Raises:
         PromptError: the tokenizer lacks a special token.
     """
@@ -161,34 +175,35 @@ class PromptBuilder:
         question_texts: Mapping[int, str] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._instruction = INSTRUCTION[reasoning]
+        self._reasoning: Reasoning = reasoning
         self._texts = dict(question_texts or {})
         self._special = set(tokenizer.all_special_ids) | set(_special_added_ids(tokenizer))
         self.im_start, self.im_end = self._id("<|im_start|>"), self._id("<|im_end|>")
         self.vision_start, self.vision_end = self._id("<|vision_start|>"), self._id("<|vision_end|>")
         self.video_pad = self._id("<|video_pad|>")
 
-    def build(self, example: Example, features: VolumeFeatures) -> Prompt:
+    def build(self, example: Example, features: VolumeFeatures, region: Box3D | None = None) -> Prompt:
         """The prompt of one example; `features` decides the number of visual tokens.
 
+        Args:
+            region: what the features show of the volume, where that is one region alone (`volume_header`).
         Raises:
             PromptError: a text of the user's encodes to a special token in spite of everything.
         """
         encode = self._encode
-        volume_ids = [
-            *(self.im_start, *encode(f"system\n{SYSTEM_PROMPT}"), self.im_end, *encode("\n")),
-            *(self.im_start, *encode(f"user\n{volume_header(example)}")),
-            *(self.vision_start, *[self.video_pad] * len(features.embeds_V_H), self.vision_end),
-        ]
-        question_ids = [
-            *encode(f"{self._question(example.question)} {self._instruction}"),
-            *(self.im_end, *encode("\n"), self.im_start, *encode("assistant\n")),
-        ]
+        header = f"user\n{volume_header(example, region)}"
+        question = asked(example.question, self._reasoning, self._texts)
+        system = [self.im_start, *encode(f"system\n{SYSTEM_PROMPT}"), self.im_end, *encode("\n")]
+        end = [self.im_end, *encode("\n"), self.im_start, *encode("assistant\n")]
+        if features.absent:
+            volume_ids = [*system, self.im_start]
+            question_ids = [*encode(header + question), *end]
+        else:
+            pads = [self.video_pad] * len(features.embeds_V_H)
+            video = [self.vision_start, *pads, self.vision_end]
+            volume_ids = [*system, self.im_start, *encode(header), *video]
+            question_ids = [*encode(question), *end]
         return Prompt(example.example_id, features, tuple(volume_ids), tuple(question_ids))
-
-    def _question(self, question: Question) -> str:
-        text = self._texts.get(question.question_id)
-        return question_text(question) if text is None else f"{text.strip()} {answer_template(question)}"
 
     def _encode(self, text: str) -> list[int]:
         ids = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)

@@ -64,6 +64,8 @@ def check_request(
     if sampling.temperature == 0 and n > 1:
         raise EngineError(f"greedy decoding gives one answer, but n={n}; set temperature > 0 or n=1")
     for features in {id(prompt.features): prompt.features for prompt in prompts}.values():
+        if features.absent and not len(features.embeds_V_H):
+            continue
         try:
             validate_features(features, facts.hidden_size, facts.merge_size)
         except FeatureError as error:

@@ -28,13 +28,23 @@ class VolumeFeatures:
     second_per_grid_t: float
     """Temporal step between two grid frames, from the slice spacing (`VolumeView`)."""
 
+    @property
+    def absent(self) -> bool:
+        """Whether there is no picture (`NO_PICTURE`)."""
+        return self.grid_thw == (0, 0, 0)
+
+
+NO_PICTURE = VolumeFeatures("no picture", torch.empty(0, 0), (0, 0, 0), 0.0)
+"""Features of a prompt that shows no volume and has no visual token."""
+
 
 @dataclass(frozen=True)
 class Prompt:
     """A question about a volume as token ids, split where the prefix tree branches.
 
     `volume_ids` (system turn, start of the user turn, one video pad per visual token) is shared by all
-    questions about a volume; `question_ids` runs to the start of the assistant's turn.
+    questions about a volume; `question_ids` runs to the start of the assistant's turn. A prompt without a picture
+    has `NO_PICTURE` for features and nothing of a video in its ids.
     """
 
     example_id: str

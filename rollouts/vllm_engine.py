@@ -252,6 +252,8 @@ def _one_video_token(prompt: Prompt, video_token_id: int) -> list[int]:
 
     Given all of them, it would expand the first and leave the others in the prompt, without an error.
     """
+    if prompt.features.absent:
+        return prompt.token_ids
     first = prompt.volume_ids.index(video_token_id)
     return [t for i, t in enumerate(prompt.token_ids) if t != video_token_id or i == first]
 
@@ -259,7 +261,7 @@ def _one_video_token(prompt: Prompt, video_token_id: int) -> list[int]:
 def _request(
     prompts: Sequence[Prompt], n: int, sampling: Sampling, seeds: Sequence[int], video_token_id: int
 ) -> tuple[Header, list[memoryview]]:
-    features = {prompt.features.key: prompt.features for prompt in prompts}
+    features = {prompt.features.key: prompt.features for prompt in prompts if not prompt.features.absent}
     number = {key: i for i, key in enumerate(features)}
     header: Header = {
         "op": "generate",
@@ -283,7 +285,7 @@ def _request(
             {
                 "ids": _one_video_token(p, video_token_id),
                 "length": len(p.token_ids),
-                "volume": number[p.features.key],
+                "volume": number.get(p.features.key),  # None: no picture
                 "seed": group_seed(s),
             }
             for p, s in zip(prompts, seeds, strict=True)

@@ -70,7 +70,9 @@ class Worker:
             self.llm.wake_up()
         volumes = [_volume(v, b) for v, b in zip(request["volumes"], buffers, strict=True)]
         prompts = [
-            {
+            {"prompt_token_ids": prompt["ids"]}
+            if prompt["volume"] is None
+            else {
                 "prompt_token_ids": prompt["ids"],
                 "multi_modal_data": {"video": volumes[prompt["volume"]]},
                 "multi_modal_uuids": {"video": [request["volumes"][prompt["volume"]]["key"]]},

@@ -251,11 +251,13 @@ def view_frames(
     x_axis: int = 0,
     y_axis: int = 1,
     sizes: PatchSizes | None = None,
+    window: tuple[float, float] | None = None,
 ) -> FramesView:
     """The frames of a view: crop, every n-th slice, percentile window of the whole volume, in-plane resize.
 
     Args:
         slice_axis, x_axis, y_axis: file axes of slice, x and y; `sizes`: the tower's, default Qwen2.5-VL's.
+        window: `intensity_window(volume, view)`, where many views of one volume are made.
     Raises:
         ViewError: the view does not fit the volume.
         VolumeError: every voxel has the same value.
@@ -269,7 +271,7 @@ def view_frames(
     shown = volume.array.transpose(slice_axis, y_axis, x_axis)[
         geometry.slices, crop.y_min : crop.y_max, crop.x_min : crop.x_max
     ]
-    low, high = _window(volume, view)
+    low, high = window or intensity_window(volume, view)
     frames = torch.from_numpy(np.ascontiguousarray(shown)).sub_(low).div_(high - low).clamp_(0.0, 1.0)
     if frames.shape[1:] != (view.height, view.width):
         # antialiasing, so that thin cartilage is averaged rather than skipped when frames shrink
@@ -280,8 +282,8 @@ def view_frames(
     return FramesView(frames.mul_(255.0).round_().to(torch.uint8), view.seconds_per_mm * step_mm, geometry)
 
 
-def _window(volume: Volume, view: VolumeView) -> tuple[float, float]:
-    """Intensities that become black and white."""
+def intensity_window(volume: Volume, view: VolumeView) -> tuple[float, float]:
+    """Intensities that become black and white: percentiles of the whole volume, whatever part of it is shown."""
     if not 0 <= view.window_low < view.window_high <= 100:
         raise ViewError(
             f"view.window_low {view.window_low} and view.window_high {view.window_high} must be percentiles, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from rl.base.model import create_base
 from rl.config import VolumeViewConfig
 from rollouts.positions import mrope_positions
 from rollouts.prompts import question_text
-from rollouts.types import Prompt, VolumeFeatures
+from rollouts.types import NO_PICTURE, Prompt, VolumeFeatures
 
 
 @pytest.fixture
@@ -97,6 +98,13 @@ def make_prompt(base_folder: Path) -> Callable[..., Prompt]:
 
 
 @pytest.fixture(scope="session")
+def no_picture(make_prompt: Callable[..., Prompt]) -> Prompt:
+    """A prompt that shows no volume."""
+    whole = make_prompt(0, 3)
+    return replace(whole, example_id="blind", features=NO_PICTURE, volume_ids=whole.volume_ids[:2])
+
+
+@pytest.fixture(scope="session")
 def make_adapter(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """A LoRA adapter of the language model with LoRA_B != 0, so that it changes every answer."""
 
@@ -143,14 +151,15 @@ def score(base_folder: Path) -> Callable[..., list[float]]:
         ids = [*prompt.token_ids, *token_ids]
         positions = mrope_positions(
             ids,
-            features.grid_thw,
+            None if features.absent else features.grid_thw,
             features.second_per_grid_t,
             video_token_id=model.config.video_token_id,
             merge_size=model.config.vision_config.spatial_merge_size,
             tokens_per_second=model.config.vision_config.tokens_per_second,
         )
         embeds = model.get_input_embeddings()(torch.tensor([ids]))
-        embeds[torch.tensor([ids]) == model.config.video_token_id] = features.embeds_V_H
+        if not features.absent:
+            embeds[torch.tensor([ids]) == model.config.video_token_id] = features.embeds_V_H
         hidden = model.model.language_model(
             inputs_embeds=embeds, position_ids=positions[:, None]
         ).last_hidden_state

@@ -44,6 +44,16 @@ def test_log_probabilities_are_those_of_a_plain_forward(
                 assert rollout.adapter_version == version
 
 
+def test_a_prompt_without_a_picture_is_answered_like_plain_text(
+    engine: Engine, no_picture: Prompt, make_prompt: Callable[..., Prompt], score: Score
+) -> None:
+    blind, seeing = engine.generate([no_picture, make_prompt(0, 3)], 1, Sampling(0.0, 1.0, 8), [0, 1])
+    for group in (blind, seeing):
+        (rollout,) = group.rollouts
+        assert rollout.logps == pytest.approx(score(group.prompt, rollout.token_ids, 0.0), abs=1e-4)
+    assert blind.rollouts[0].logps != seeing.rollouts[0].logps
+
+
 def test_seeds_reproduce_samples_and_samples_differ(
     engine: Engine, make_prompt: Callable[..., Prompt]
 ) -> None:

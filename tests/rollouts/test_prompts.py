@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rewards.boxes import Box3D
 from rewards.matching import match_question
 from rewards.ontology import QUESTIONS
 from rewards.types import Example
 from rollouts.prompts import (
+    INSTRUCTION,
     SYSTEM_PROMPT,
     PromptBuilder,
     PromptError,
@@ -21,7 +23,7 @@ from rollouts.prompts import (
     question_text,
     volume_header,
 )
-from rollouts.types import VolumeFeatures
+from rollouts.types import NO_PICTURE, VolumeFeatures
 
 MOST_WORDS = 60
 
@@ -97,13 +99,13 @@ def test_without_reasoning_the_instruction_asks_for_none(
     assert "<think>" not in text
 
 
-def test_a_users_question_text_replaces_ours_and_gets_the_answer_template(
+def test_a_users_question_text_is_asked_as_it_stands_without_our_format(
     tokenizer: PreTrainedTokenizerBase, make_example: Callable[..., Example], features: VolumeFeatures
 ) -> None:
     builder = PromptBuilder(tokenizer, "required", {30: " How large is the spur? "})
     own = tokenizer.decode(builder.build(make_example(30), features).question_ids)
     other = tokenizer.decode(builder.build(make_example(31), features).question_ids)
-    assert own.startswith(f"How large is the spur? {answer_template(QUESTIONS[30])} First reason")
+    assert own == "How large is the spur?<|im_end|>\n<|im_start|>assistant\n"
     assert other.startswith(question_text(QUESTIONS[31]))
 
 
@@ -150,6 +152,26 @@ def test_a_tokenizer_without_video_tokens_is_refused(
 def test_the_header_states_side_visit_grid_and_voxel_size(make_example: Callable[..., Example]) -> None:
     assert volume_header(make_example(1)) == (
         "Right knee, visit 00M, 7 slices of 40 x 48 voxels (x, y) of 2.00 x 0.50 x 0.50 mm. "
+    )
+
+
+def test_a_prompt_without_a_picture_is_the_header_and_the_question_alone(
+    tokenizer: PreTrainedTokenizerBase, make_example: Callable[..., Example]
+) -> None:
+    example = make_example(30)
+    prompt = PromptBuilder(tokenizer, "none").build(example, NO_PICTURE)
+    text = tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
+    assert text == (
+        f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n{volume_header(example)}"
+        f"{question_text(QUESTIONS[30])} {INSTRUCTION['none']}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenizer.encode(text, add_special_tokens=False) == prompt.token_ids
+
+
+def test_the_header_of_a_region_speaks_of_the_regions_grid(make_example: Callable[..., Example]) -> None:
+    assert volume_header(make_example(1), Box3D(2, 3, 10, 25, 0, 48)) == (
+        "Right knee, visit 00M, cut to the region asked about: 1 slices of 15 x 48 voxels (x, y) of 2.00 x 0.50 x "
+        "0.50 mm. "
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rollouts.requests import ModelFacts, check_request, group_seed
-from rollouts.types import EngineError, Prompt, Sampling
+from rollouts.types import NO_PICTURE, EngineError, Prompt, Sampling
 
 Check = Callable[..., None]
 
@@ -36,6 +36,16 @@ def with_embeds(prompt: Prompt, embeds: torch.Tensor) -> Prompt:
 
 def test_a_good_request_passes(check: Check, make_prompt: Callable[..., Prompt]) -> None:
     check(make_prompt(0, 0))
+
+
+def test_a_prompt_without_a_picture_passes_unless_it_has_video_tokens(
+    check: Check, make_prompt: Callable[..., Prompt], no_picture: Prompt
+) -> None:
+    check(no_picture)
+    with pytest.raises(EngineError, match=r"16 video tokens, but its volume's grid .* makes 0"):
+        check(replace(make_prompt(0, 0), features=NO_PICTURE))
+    with pytest.raises(EngineError, match="grid_thw"):  # features that lost their grid are not taken for none
+        check(replace(no_picture, features=replace(NO_PICTURE, embeds_V_H=torch.zeros(4, 8))))
 
 
 def test_bad_features_are_refused_by_volume(check: Check, make_prompt: Callable[..., Prompt]) -> None:

@@ -74,6 +74,17 @@ def test_log_probabilities_are_the_trainers_through_hot_swaps(
                 assert rollout.adapter_version == version
 
 
+def test_a_prompt_without_a_picture_is_answered_like_plain_text(
+    engine: VllmEngine, prompts: list[Prompt], no_picture: Prompt, score: Score
+) -> None:
+    """Alone, and among prompts that show volumes."""
+    for asked in ([no_picture], [prompts[0], no_picture, prompts[1]]):
+        for group in engine.generate(asked, 2, Sampling(max_tokens=8), list(range(len(asked)))):
+            for rollout in group.rollouts:
+                expected = score(group.prompt, rollout.token_ids, 1.0)
+                assert rollout.logps == pytest.approx(expected, abs=TOLERANCE)
+
+
 def test_two_questions_about_one_volume_are_answered_apart(
     engine: VllmEngine, make_prompt: Callable[..., Prompt], score: Score
 ) -> None:
