@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 from rewards.types import ReaderMode, Reasoning
 from rl.config import Config, ConfigError
 from rl.data.layout import Split
 
 Word = TypeVar("Word", bound=str)
+ImageSetting = Literal["volume", "none", "shuffled", "true_region"]
+"""What the benchmark shows a model (`rl.showing`)."""
+OWN_PROMPTS = "own"
+"""`eval.prompts` for our wording of the questions."""
 
 
 def reasoning_of(config: Config) -> Reasoning:
@@ -27,6 +31,12 @@ def split_of(config: Config) -> Split:
     """The split the benchmark runs on."""
     words: tuple[Split, ...] = ("test", "val")
     return _one_of("eval.split", config.eval.split, words)
+
+
+def image_of(config: Config) -> ImageSetting:
+    """What the benchmark shows the model."""
+    words: tuple[ImageSetting, ...] = get_args(ImageSetting)
+    return _one_of("eval.image", config.eval.image, words)
 
 
 def _one_of(field: str, value: str, words: tuple[Word, ...]) -> Word:

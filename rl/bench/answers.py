@@ -21,6 +21,7 @@ from rewards.boxes import Box3D
 from rewards.errors import ReasonKneeError
 from rewards.ontology import QUESTIONS
 from rewards.types import Example, ReaderMode, Reasoning, Truth, VolumeRef
+from rl.choices import OWN_PROMPTS, ImageSetting
 from rl.errors import staged
 
 ANSWERS_FILE = "answers.parquet"
@@ -83,6 +84,14 @@ class AnswerRow:
     """`item_hash` of question, volume, truth and reader: answers may be compared only where it is equal."""
 
 
+_SHOWN: Mapping[ImageSetting, str] = {
+    "volume": "the volume",
+    "none": "no picture",
+    "shuffled": "another patient's volume",
+    "true_region": "the true region alone",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class RunMeta:
     """What `run.json` says about a run."""
@@ -110,6 +119,30 @@ class RunMeta:
     """Rows of `answers.parquet`."""
     max_examples: int = 0
     """Upper bound the run was given for a quick look; 0 for none."""
+    image: ImageSetting | None = "volume"
+    """What the model was shown (`rl.showing`); None where that is not known, or nobody was asked. With `true_region`
+    the boxes in completions are counted from the lowest corner of the item's `truth_bbox`."""
+    prompts: str | None = OWN_PROMPTS
+    """Where the questions' wording comes from: "own", or the name of the question file; None as for `image`."""
+    prompts_hash: str = ""
+    """Of the content of the question file."""
+
+    def not_asked(self) -> RunMeta:
+        """The same of a run for which we asked no model: setting unknown."""
+        return replace(self, image=None, prompts=None, prompts_hash="")
+
+    @property
+    def box_given(self) -> bool:
+        """Whether the setting gives the true box away, so that IoU says nothing."""
+        return self.image == "true_region"
+
+    @property
+    def setting_words(self) -> str:
+        """The setting in words: `shown the volume, own prompts`."""
+        if self.image is None:
+            return "setting not recorded"
+        source = f"prompts of {self.prompts} ({self.prompts_hash})" if self.prompts_hash else "own prompts"
+        return f"shown {_SHOWN[self.image]}, {source}"
 
     @property
     def question_set(self) -> str:
@@ -132,6 +165,16 @@ class RunMeta:
             rest = [f"max_tokens {self.decoding['max_tokens']:g}"] if "max_tokens" in self.decoding else []
             return ", ".join(["greedy decoding", *rest])
         return f"sampled with {', '.join(rest)}" if rest else "decoding not recorded"
+
+
+def settings_words(metas: Mapping[str, RunMeta]) -> str:
+    """What the runs of these names were shown and asked: said once where it is the same, else with their names."""
+    names: dict[str, list[str]] = {}
+    for name, meta in metas.items():
+        names.setdefault(meta.setting_words, []).append(name)
+    if len(names) == 1:
+        return next(iter(names))
+    return "; ".join(f"{', '.join(named)}: {words}" for words, named in names.items())
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from scipy.stats import norm
 from scipy.stats import t as student_t
 
 from rewards.errors import ReasonKneeError
-from rl.bench.answers import BenchRun, RunMeta
+from rl.bench.answers import BenchRun, RunMeta, settings_words
 from rl.bench.endpoints import (
     MEASURES,
     OVERALL,
@@ -37,7 +37,7 @@ from rl.bench.intervals import (
     percentile_interval,
     resample,
 )
-from rl.bench.metrics import Graded, grade_run
+from rl.bench.metrics import Graded, grade_run, on_equal_terms
 from rl.config import CompareConfig
 
 PATIENTS_FOR_A_CLAIM = 10
@@ -159,19 +159,20 @@ def check_same_items(a: BenchRun, b: BenchRun) -> None:
 
 
 def compare_graded(a: Graded, b: Graded, settings: CompareConfig, seed: int = 0) -> Comparison:
-    """`compare` for runs that are graded already.
+    """`compare` for runs that are graded already; without IoU where a run was shown the true regions.
 
     Raises:
         CompareError: the items' hashes differ, or the primary endpoint is unknown.
     """
     if a.items["item_hash"].sort().to_list() != b.items["item_hash"].sort().to_list():
         raise CompareError(f"runs {a.meta.name!r} and {b.meta.name!r} were not graded on the same items")
+    a, b = on_equal_terms(a, b)
     counts_a, counts_b = count(a.attributes, a.items), count(b.attributes, b.items)
     observed = [e for e in endpoints(counts_a.cells) if e.merge.any()]
     if parse_endpoint(settings.primary_endpoint) not in {(e.measure, e.column) for e in observed}:
         raise CompareError(
             f"compare.primary_endpoint is {settings.primary_endpoint!r}; use one of {', '.join(MEASURES)}, or "
-            "measure/column of a column that is not empty"
+            "measure/column of a column that is not empty (IoU is, where a run was shown the true region)"
         )
     resampled = resample(counts_a.n, counts_b.s - counts_a.s, observed, settings.bootstrap_draws, seed)
     corrected = _holm_over_columns(observed, [r.p_value for r in resampled])
@@ -276,8 +277,11 @@ def verdict(comparison: Comparison) -> str:
     a, b = comparison.a, comparison.b
     sentences = [
         f"{b.name} against {a.name}, {comparison.n_items:,} items of {comparison.n_patients:,} patients "
-        f"({b.split_file}{_quick(b)}, {b.question_set}, {b.reader} reader; {_decodings(a, b)})."
+        f"({b.split_file}{_quick(b)}, {b.question_set}, {b.reader} reader; {_decodings(a, b)}; "
+        f"{settings_words({b.name: b, a.name: a})})."
     ]
+    if a.setting_words != b.setting_words:
+        sentences.append("They differ in what was shown or asked, so the differences are the setting's too.")
     for index, key in enumerate(primary_and_usual(comparison)):
         mark = "" if index else " (the primary endpoint, declared in the config)"
         sentences.append(_sentence(comparison, *key, mark))
@@ -310,7 +314,9 @@ def _sentence(comparison: Comparison, measure: str, column: str, mark: str) -> s
     where = "" if column == OVERALL else f" of {column}"
     difference = comparison.get(measure, column)
     if difference is None:
-        return f"{MEASURE_NAMES[measure]}{where}{mark}: nothing to compare, the column is empty."
+        given = comparison.a.box_given or comparison.b.box_given
+        why = "not comparable, the true box was given" if given else "nothing to compare, the column is empty"
+        return f"{MEASURE_NAMES[measure]}{where}{mark}: {why}."
     result = outcome(difference)
     words = {"won": f"{comparison.b.name} won", "lost": f"{comparison.b.name} lost"}.get(result, result)
     return (
@@ -360,14 +366,17 @@ def seed_summary(comparisons: Sequence[Comparison]) -> list[SeedSummary]:
     Endpoints that are empty in any comparison are left out.
 
     Raises:
-        CompareError: no comparisons, or comparisons of different test files, readers or confidences.
+        CompareError: no comparisons, or comparisons of different test files, readers, confidences or settings.
     """
     if not comparisons:
         raise CompareError("seed_summary needs at least one comparison")
-    settings = {(c.b.split_file, c.b.reader, c.b.question_ids, c.confidence) for c in comparisons}
+    settings = {
+        (c.b.split_file, c.b.reader, c.b.question_ids, c.confidence, c.a.setting_words, c.b.setting_words)
+        for c in comparisons
+    }
     if len(settings) > 1:
         raise CompareError(
-            f"comparisons differ in test file, reader, question set or confidence: {_short(settings)}"
+            f"comparisons differ in test file, reader, question set, confidence or setting: {_short(settings)}"
         )
     summaries = []
     for first in comparisons[0].differences:

@@ -5,13 +5,14 @@ as in the reward: training and benchmark cannot drift apart. What is computed fr
 defined in `rl.bench.endpoints`.
 
 An answer that cannot be read is wrong (grade) or IoU 0 (box), and counted. A missing truth is left out, and counted.
-A column without observations is empty (`None`), never 0.
+A column without observations is empty (`None`), never 0. So are the box measures of a run that was shown the true
+region: an answer that gives back all it was shown has IoU 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -21,7 +22,7 @@ from rewards.boxes import center_distance_mm, iou
 from rewards.functions import rule_violations
 from rewards.ontology import QUESTIONS
 from rewards.reading import read_answer
-from rewards.types import Problem
+from rewards.types import Answer, Problem
 from rl.bench.answers import ERROR, MISSING, BenchRun, RunMeta, row_example
 from rl.bench.endpoints import Cell, count, endpoints, grades_of, value
 from rl.bench.further import by_attribute, further_measures, recall_per_grade
@@ -51,6 +52,7 @@ ITEM_SCHEMA = {
     "grades_problem": pl.String(),
     "bbox_problem": pl.String(),
 }
+_NO_NUMBER = pl.lit(None, pl.Float64())
 
 
 @dataclass(frozen=True)
@@ -161,9 +163,20 @@ def attribute_id(question_id: int, index: int) -> int:
     return 10 * question_id + index
 
 
+def without_ious(graded: Graded) -> Graded:
+    """The same with no box compared to the true one."""
+    return replace(graded, items=graded.items.with_columns(iou=_NO_NUMBER, distance_mm=_NO_NUMBER))
+
+
+def on_equal_terms(a: Graded, b: Graded) -> tuple[Graded, Graded]:
+    """Both without IoUs where one of them was given the true boxes; else as they are."""
+    return (without_ious(a), without_ious(b)) if a.meta.box_given or b.meta.box_given else (a, b)
+
+
 def tables(graded: Graded) -> Tables:
     """Every measure in every column, with what was counted, unread and left out."""
-    counts = count(graded.attributes, graded.items)
+    items = (without_ious(graded) if graded.meta.box_given else graded).items
+    counts = count(graded.attributes, items)
     n_total, s_total = counts.n.sum(axis=0), counts.s.sum(axis=0)
     values: dict[str, dict[str, Cell]] = {}
     for endpoint in endpoints(counts.cells):
@@ -174,7 +187,7 @@ def tables(graded: Graded) -> Tables:
     table = by_attribute(graded.attributes)
     return Tables(
         graded.meta,
-        {**values, **further_measures(table, graded.attributes, graded.items)},
+        {**values, **further_measures(table, graded.attributes, items)},
         recall_per_grade(graded.attributes),
         table.to_dicts(),
         _tally(graded),
@@ -212,14 +225,27 @@ def grade_histogram(graded: Graded) -> pl.DataFrame:
     )
 
 
+def read_row(row: Mapping[str, Any], meta: RunMeta) -> Answer:
+    """The answer of a row as it is graded: read in the run's mode, its box in the file's grid.
+
+    Boxes of a run that was shown true regions are counted from the lowest corner of the region, and moved.
+    """
+    example = row_example(row)
+    region = example.truth.bbox if meta.box_given else None
+    shape = region.extents if region else example.volume.shape
+    answer = read_answer(
+        row["completion"], example.question, mode=meta.reader, reasoning=meta.reasoning, shape=shape
+    )
+    if region is None or answer.bbox is None:
+        return answer
+    return replace(answer, bbox=answer.bbox.shifted(*region.to_corners()[0]))
+
+
 def _grade_row(
     row: Mapping[str, Any], meta: RunMeta, attributes: dict[str, list[Any]], items: dict[str, list[Any]]
 ) -> None:
     example = row_example(row)
-    question, truth = example.question, example.truth
-    answer = read_answer(
-        row["completion"], question, mode=meta.reader, reasoning=meta.reasoning, shape=example.volume.shape
-    )
+    question, truth, answer = example.question, example.truth, read_row(row, meta)
     for index, attribute in enumerate(question.attributes):
         attributes["example_id"].append(row["example_id"])
         attributes["patient_id"].append(row["patient_id"])

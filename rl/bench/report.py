@@ -17,7 +17,7 @@ import polars as pl
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rl.bench import figures
-from rl.bench.answers import BenchRun
+from rl.bench.answers import BenchRun, settings_words
 from rl.bench.baselines import BASELINE_MODEL
 from rl.bench.compare import (
     MEASURE_NAMES,
@@ -29,7 +29,7 @@ from rl.bench.compare import (
     verdict,
 )
 from rl.bench.markup import latex, markdown
-from rl.bench.metrics import Graded, Tables, grade_histogram, grade_run, tables
+from rl.bench.metrics import Graded, Tables, grade_histogram, grade_run, on_equal_terms, tables
 from rl.bench.samples import Sample, choose, make_sample
 from rl.bench.views import TableView, all_views, differences_table
 from rl.errors import staged
@@ -65,8 +65,9 @@ def write_report(
     by_run = {name: tables(g) for name, g in graded.items()}
     views, differences = all_views(by_run), differences_table(comparison)
     arms = [_find(runs, meta.name) for meta in (comparison.a, comparison.b)]
-    arm_runs, arm_graded = [runs[name] for name in arms], [graded[name] for name in arms]
-    chosen = choose(arm_graded[0], arm_graded[1])
+    arm_runs, arm_graded = [runs[name] for name in arms], on_equal_terms(*(graded[name] for name in arms))
+    box_given = any(run.meta.box_given for run in arm_runs)
+    chosen = choose(*arm_graded)
     samples = [make_sample(item, kind, arm_runs, arm_graded, axes) for item, kind in chosen.items()]
     fixed = [name for name, run in runs.items() if run.meta.model == BASELINE_MODEL]
     page = {
@@ -79,7 +80,9 @@ def write_report(
         "histograms": figures.grade_histograms({name: grade_histogram(graded[name]) for name in arms}),
         "curves": figures.reward_curves(figures.read_metrics(metrics_jsonl)) if metrics_jsonl else None,
         "confusion": figures.confusion({name: graded[name].attributes for name in arms}),
-        "ious": figures.iou_distributions({name: graded[name].items for name in [*fixed, *arms]}),
+        "ious": None
+        if box_given
+        else figures.iou_distributions({name: graded[name].items for name in [*fixed, *arms]}),
         "samples": samples,
         "filters": _filters(samples, comparison.b.name),
         "slug": slug,
@@ -121,7 +124,8 @@ def _verdict_part(comparison: Comparison) -> dict[str, Any]:
         difference = comparison.get(*key)
         if difference is not None:
             cards.append(_card(difference, comparison))
-    return {"comparison": comparison, "verdict": verdict(comparison), "cards": cards}
+    settings = settings_words({meta.name: meta for meta in (comparison.b, comparison.a)})
+    return {"comparison": comparison, "verdict": verdict(comparison), "cards": cards, "settings": settings}
 
 
 def _card(d: Difference, comparison: Comparison) -> dict[str, str]:

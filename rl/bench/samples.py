@@ -9,10 +9,9 @@ from typing import Literal
 import polars as pl
 
 from rewards.ontology import QUESTIONS, Question
-from rewards.reading import read_answer
 from rewards.types import Answer
 from rl.bench.answers import BenchRun, row_truth
-from rl.bench.metrics import Graded
+from rl.bench.metrics import Graded, read_row
 from rl.bench.planes import Plane, draw_planes, load_volume
 from rollouts.prompts import answer_template, question_text
 from rollouts.volumes import VolumeError
@@ -109,10 +108,7 @@ def make_sample(
     item_a, item_b = (g.items.row(by_predicate=this, named=True) for g in graded)
     row_a, row_b = (run.answers.row(by_predicate=this, named=True) for run in (a, b))
     question, truth = QUESTIONS[row_a["question_id"]], row_truth(row_a)
-    answer_a, answer_b = (
-        read_answer(row["completion"], question, mode=run.meta.reader, reasoning=run.meta.reasoning)
-        for row, run in ((row_a, a), (row_b, b))
-    )
+    answer_a, answer_b = read_row(row_a, a.meta), read_row(row_b, b.meta)
     planes: tuple[Plane, ...] = ()
     missing = ""
     try:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rl.bench import published
-from rl.bench.answers import RunMeta
+from rl.bench.answers import RunMeta, settings_words
 from rl.bench.baselines import BASELINE_MODEL, PRIOR_MODEL
 from rl.bench.compare import (
     MEASURE_NAMES,
@@ -24,8 +24,14 @@ from rl.bench.metrics import Tables
 
 EMPTY = "empty"
 """Stands where a column has no observations."""
+BOX_GIVEN = "box given"
+"""Stands for measures of boxes of a run that was shown the true region."""
 NOT_GIVEN = "–"
 """Stands where a published row has no figure."""
+_BOX_MEASURES = (
+    *("iou", "iou_median", *(f"iou_{bar:.2f}" for bar in IOU_BARS)),
+    *("distance_mm", "iou_grade_correlation"),
+)
 _GRADES_OF = {BASELINE_MODEL: "train-majority grade", PRIOR_MODEL: "grades as often as in training"}
 """How the grades of a baseline came about, by the model of its run."""
 
@@ -132,7 +138,7 @@ def table3(by_run: Mapping[str, Tables]) -> TableView:
     return TableView(
         "Table 3: mean IoU of boxes",
         f"{_header(by_run)}. Overall is the mean over all items with a true box, those outside the seven structures "
-        "included. Paper rows: " + published.NOTE + ".",
+        "included. " + _given_note(by_run) + "Paper rows: " + published.NOTE + ".",
         ("Run", *columns),
         tuple(rows),
     )
@@ -180,17 +186,14 @@ def recall_table(by_run: Mapping[str, Tables]) -> TableView:
 
 def box_table(by_run: Mapping[str, Tables]) -> TableView:
     """How boxes are spread around their mean IoU."""
-    measures = ("iou", "iou_median", *(f"iou_{bar:.2f}" for bar in IOU_BARS), "distance_mm")
     rows = []
     for name, t in by_run.items():
-        cells = [_cell(t.values[measure][OVERALL]) for measure in measures]
-        linked = _cell(t.values["iou_grade_correlation"][OVERALL])
         label = _values(name, t, "iou", (), boxes=True)[0]
-        rows.append(Row((label, *cells, linked), _kind(t.meta)))
+        rows.append(Row((label, *(_value(t, measure, OVERALL) for measure in _BOX_MEASURES)), _kind(t.meta)))
     return TableView(
         "Boxes: spread of IoU and distance",
         f"{_header(by_run)}. Over all items with a true box; an unread box has IoU 0 and no distance. With grading: "
-        "correlation of an item's IoU with its share of right grades.",
+        f"correlation of an item's IoU with its share of right grades. {_given_note(by_run)}".rstrip(),
         (
             "Run",
             "Mean IoU",
@@ -276,6 +279,7 @@ def differences_table(comparison: Comparison) -> TableView:
     ]
     return TableView(
         f"Differences, {b} minus {a}",
+        f"Setting: {settings_words({b: comparison.b, a: comparison.a})}. "
         f"{level} intervals: bootstrap-t over patients, {comparison.draws:,} draws, seed {comparison.seed}. "
         "p: patient-level sign-flip test; Holm: corrected over the columns of a measure, Overall apart. "
         f"{_power_note(comparison)}",
@@ -301,7 +305,7 @@ def _power_note(comparison: Comparison) -> str:
 
 
 def _header(by_run: Mapping[str, Tables]) -> str:
-    """The header that all rows of a table share.
+    """The header that all rows of a table share, and what their models were shown and asked.
 
     Raises:
         ValueError: no runs, or runs on different terms, which do not belong in one table.
@@ -311,7 +315,8 @@ def _header(by_run: Mapping[str, Tables]) -> str:
         shown = "; ".join(f"{name}: {header}" for header, name in headers.items()) or "no runs"
         raise ValueError(f"a table takes runs on the same items, read in the same way; got {shown}")
     header = next(iter(headers))
-    return header[0].upper() + header[1:]
+    asked = {name: t.meta for name, t in by_run.items() if _kind(t.meta) == "run"}
+    return "; ".join([header[0].upper() + header[1:], *([settings_words(asked)] if asked else [])])
 
 
 def _kind(meta: RunMeta) -> str:
@@ -321,12 +326,23 @@ def _kind(meta: RunMeta) -> str:
 def _values(name: str, t: Tables, measure: str, columns: Sequence[str], *, boxes: bool) -> tuple[str, ...]:
     if t.meta.model in _GRADES_OF:
         name = f"{name} ({'train-mean box' if boxes else _GRADES_OF[t.meta.model]})"
-    return (name, *(_cell(t.values[measure][column]) for column in columns))
+    return (name, *(_value(t, measure, column) for column in columns))
+
+
+def _value(t: Tables, measure: str, column: str) -> str:
+    given = t.meta.box_given and measure in _BOX_MEASURES
+    return BOX_GIVEN if given else _cell(t.values[measure][column])
+
+
+def _given_note(by_run: Mapping[str, Tables]) -> str:
+    if not any(t.meta.box_given for t in by_run.values()):
+        return ""
+    return "Box given: the run was shown the true region alone, so its boxes are not comparable. "
 
 
 def _counts(by_run: Mapping[str, Tables], measure: str, columns: Sequence[str], extra: int = 0) -> list[Row]:
     """How many observations each column rests on; the same for all runs on the same items."""
-    first = next(iter(by_run.values()))
+    first = next((t for t in by_run.values() if not t.meta.box_given), next(iter(by_run.values())))
     cells = ("n", *(f"{first.values[measure][column].n:,}" for column in columns), *[""] * extra)
     return [Row(cells, "count")]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -106,6 +107,23 @@ def make_meta(name: str, question_ids: Sequence[int] = range(1, 63)) -> RunMeta:
         dataset_fingerprint="d0",
         n=0,
     )
+
+
+def answer_cut_out(examples: Sequence[Example], name: str) -> BenchRun:
+    """A model that is shown the true regions alone, grades rightly and gives back all it was shown as its box."""
+    rows = []
+    for example in examples:
+        assert example.truth.bbox is not None
+        everything = Box3D.from_corners((0, 0, 0), example.truth.bbox.extents)
+        completion = format_answer(example.question, example.truth.grades, everything, "All of it.")
+        rows.append(answer_row(example, completion, "stop", "strict"))
+    meta = make_meta(name, sorted({e.question.question_id for e in examples}))
+    return make_run(rows, replace(meta, image="true_region"))
+
+
+@pytest.fixture(scope="session")
+def answered_cut_out() -> Callable[..., BenchRun]:
+    return answer_cut_out
 
 
 @pytest.fixture(scope="session")

@@ -134,6 +134,23 @@ def test_the_question_set_is_said_in_words(meta):
     assert meta("x", [7]).question_set == "1 question (7)"
 
 
+def test_the_setting_is_read_back_said_in_words_and_assumed_in_runs_that_name_none(tmp_path, run):
+    meta = dataclasses.replace(run.meta, image="shuffled", prompts="mine.json", prompts_hash="0f")
+    write_run(tmp_path, rows_of(run), meta)
+    assert (
+        read_run(tmp_path).meta.setting_words == "shown another patient's volume, prompts of mine.json (0f)"
+    )
+    assert meta.not_asked().setting_words == "setting not recorded"
+    stored = json.loads((tmp_path / "run.json").read_text())
+    for field in ("image", "prompts", "prompts_hash"):
+        del stored[field]
+    (tmp_path / "run.json").write_text(json.dumps(stored))
+    assert read_run(tmp_path).meta.setting_words == "shown the volume, own prompts"
+    (tmp_path / "run.json").write_text(json.dumps({**stored, "image": "hidden"}))
+    with pytest.raises(RunError, match="image"):
+        read_run(tmp_path)
+
+
 def test_decoding_is_said_in_words(meta):
     assert meta("x").decoding_words == "greedy decoding, max_tokens 128"
     sampled = dataclasses.replace(meta("x"), decoding={"temperature": 0.7, "top_p": 0.9})

@@ -166,6 +166,37 @@ def test_the_verdict_says_lost_and_no_difference_shown(weak, strong):
     assert "difference 0.000 (95% interval 0.000 to 0.000)" in same
 
 
+def in_setting(run: BenchRun, name: str, **changed: str) -> BenchRun:
+    return BenchRun(dataclasses.replace(run.meta, name=name, **changed), run.answers)
+
+
+def test_a_blind_run_may_be_compared_and_both_settings_are_said(weak):
+    said = verdict(compare(weak, in_setting(weak, "SFT-none", image="none"), QUICK))
+    assert (
+        "; SFT-none: shown no picture, own prompts; SFT: shown the volume, own prompts). They differ in"
+        in said
+    )
+    assert "shown the volume, own prompts)." in verdict(compare(weak, named(weak, "again"), QUICK))
+
+
+def test_prompts_of_another_source_are_said_and_told_apart_by_content(weak):
+    runs = [in_setting(weak, h, prompts="guided.json", prompts_hash=h) for h in ("0a", "0b")]
+    said = verdict(compare(*runs, QUICK))
+    assert (
+        "0b: shown the volume, prompts of guided.json (0b); 0a: shown the volume, prompts of guided" in said
+    )
+
+
+def test_iou_is_not_compared_with_a_run_that_was_shown_the_true_regions(items, weak, answered_cut_out):
+    given = answered_cut_out(items, "cut")
+    for pair in ((weak, given), (given, weak)):
+        comparison = compare(*pair, QUICK)
+        assert {d.measure for d in comparison.differences} & {"iou", "accuracy"} == {"accuracy"}
+        assert "Mean IoU: not comparable, the true box was given." in verdict(comparison)
+        with pytest.raises(CompareError, match="shown the true region"):
+            compare(*pair, dataclasses.replace(QUICK, primary_endpoint="iou"))
+
+
 def test_the_verdict_names_a_primary_column(weak, strong):
     settings = dataclasses.replace(QUICK, primary_endpoint="accuracy/BML")
     assert "Accuracy of BML (the primary endpoint" in verdict(compare(weak, strong, settings))
@@ -213,6 +244,12 @@ def test_one_seed_has_no_interval_over_seeds(comparison):
     assert seed_summary([comparison])[0].interval is None
     with pytest.raises(CompareError, match="at least one"):
         seed_summary([])
+
+
+def test_seeds_in_different_settings_are_refused(comparison):
+    blind = dataclasses.replace(comparison, b=dataclasses.replace(comparison.b, image="none"))
+    with pytest.raises(CompareError, match="or setting"):
+        seed_summary([comparison, blind])
 
 
 def test_seeds_on_different_test_files_are_refused(comparison):

@@ -7,6 +7,8 @@ import dataclasses
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score
 
 from rewards.boxes import Box3D
@@ -14,10 +16,13 @@ from rewards.functions.box_iou import box_iou
 from rewards.functions.moaks_accuracy import moaks_accuracy
 from rewards.ontology import QUESTIONS
 from rewards.reading import format_answer, read_answer
-from rewards.types import Truth
+from rewards.types import Problem, Truth
 from rl.bench.answers import answer_row, make_run, row_truth
-from rl.bench.endpoints import CATEGORIES, GRADE_MEASURES, OVERALL, TABLE2_COLUMNS, TABLE3_COLUMNS
-from rl.bench.metrics import grade_histogram, grade_run, tables
+from rl.bench.endpoints import CATEGORIES, GRADE_MEASURES, OVERALL, TABLE2_COLUMNS, TABLE3_COLUMNS, Cell
+from rl.bench.metrics import grade_histogram, grade_run, read_row, tables
+
+SHAPE = (16, 48, 40)
+"""(slices, x, y) of the volumes of `examples`."""
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +146,57 @@ def test_the_tolerant_reader_reads_more_and_the_strict_rate_stands_beside_it(exa
     assert strict.values["accuracy"][OVERALL].value == 0
     assert tolerant.values["accuracy"][OVERALL].value == 1
     assert tolerant.values["strict"][OVERALL].value == 0
+
+
+@st.composite
+def region_and_box(draw: st.DrawFn) -> tuple[Box3D, Box3D]:
+    """A region of the file's grid, and a box inside it."""
+    limits: list[list[int]] = [[], []]
+    for size in SHAPE:
+        inside = sorted(draw(st.lists(st.integers(0, size), min_size=4, max_size=4)))
+        low, start, end, high = inside
+        start, end = min(start, size - 1), max(end, min(start, size - 1) + 1)
+        limits[0] += [min(low, start), max(high, end)]
+        limits[1] += [start, end]
+    return Box3D(*limits[0]), Box3D(*limits[1])
+
+
+@given(both=region_and_box())
+def test_a_box_written_in_the_grid_of_its_true_region_is_graded_in_that_of_the_file(
+    both: tuple[Box3D, Box3D], examples, meta
+):
+    region, box = both
+    example = examples(1, [42], visits=1)[0]
+    example = dataclasses.replace(example, truth=dataclasses.replace(example.truth, bbox=region))
+    (s, x, y), _ = region.to_corners()
+    said = format_answer(example.question, example.truth.grades, box.shifted(-s, -x, -y), "Looked.")
+    whole, cut = meta("x"), dataclasses.replace(meta("x"), image="true_region")
+    row = make_run([answer_row(example, said, "stop", "strict")], cut).answers.row(0, named=True)
+    assert row["completion"] == said
+    answer = read_row(row, cut)
+    assert (answer.bbox, answer.bbox_problem, answer.grades) == (box, Problem.NONE, example.truth.grades)
+    assert read_row(row, whole).bbox == box.shifted(-s, -x, -y)
+
+
+def test_a_box_that_leaves_its_true_region_is_flagged(examples, meta):
+    example = examples(1, [42], visits=1)[0]
+    region = example.truth.bbox
+    outside = Box3D.from_corners((0, 0, 0), tuple(n + 1 for n in region.extents))
+    said = format_answer(example.question, example.truth.grades, outside, "Looked.")
+    cut = dataclasses.replace(meta("x"), image="true_region")
+    row = make_run([answer_row(example, said, "stop", "strict")], cut).answers.row(0, named=True)
+    assert read_row(row, cut).bbox_problem is Problem.BOX_OUTSIDE_VOLUME
+
+
+def test_the_iou_of_a_run_that_was_shown_the_true_region_is_in_no_table(examples, answered_cut_out):
+    """Each answer gives back all it was shown: the items say IoU 1, which is worth nothing."""
+    graded = grade_run(answered_cut_out(examples(2, [1, 42]), "x"))
+    assert graded.items["iou"].unique().to_list() == [1.0]
+    result = tables(graded)
+    for measure in ("iou", "iou_median", "iou_0.50", "distance_mm", "iou_grade_correlation"):
+        assert result.values[measure][OVERALL] == Cell(None, 0)
+    assert result.values["accuracy"][OVERALL].value == 1
+    assert (result.counts["true_boxes"], result.counts["unread_boxes"]) == (graded.items.height, 0)
 
 
 def test_a_collapse_to_grade_0_shows_in_the_histogram(examples, answered):

@@ -259,6 +259,27 @@ def test_runs_on_other_items_do_not_share_a_table(built, tmp_path, examples, ans
         write_report(tmp_path, {**runs, "other": answered(examples(2, [1]), "other", 0.5)}, comparison)
 
 
+def test_the_boxes_of_a_run_that_was_shown_the_true_regions_are_measured_nowhere(
+    tmp_path, examples, answered, answered_cut_out
+):
+    items = examples(6, IDS)
+    runs = {"SFT": answered(items, "SFT", 0.4), "cut": answered_cut_out(items, "cut")}
+    html = write_report(tmp_path, runs, compare(*runs.values(), QUICK)).read_text()
+    words = Page(html).words
+    setting = "cut: shown the true region alone, own prompts; SFT: shown the volume, own prompts"
+    assert f"Setting: {setting}." in words.partition("Table 2")[0]  # in the heading
+    table3 = words.partition("Table 3: mean IoU of boxes")[2].partition("Boxes: spread")[0]
+    assert "SFT: shown the volume, own prompts; cut: shown the true region alone, own prompts" in table3
+    assert table3.count("box given") == 8  # seven structures and all
+    assert "so its boxes are not comparable" in table3
+    assert "(IoU" not in words
+    assert "Distribution of IoU" not in html
+    assert "Mean IoU: not comparable" in words
+    spread = (tmp_path / "tables.md").read_text().partition("## Boxes")[2].partition("##")[0]
+    assert "| cut | box given |" in spread
+    assert "| SFT | 0." in spread
+
+
 def test_samples_are_chosen_by_rule_and_from_different_volumes(built):
     graded = [grade_run(built[1][name]) for name in ("SFT", "GRPO")]
     chosen = choose(*graded, count=2)
