@@ -84,12 +84,13 @@ def demo(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None, again
     date are moved to RUN_DIR/old/, never deleted.
     """
     loaded = _load(config, overrides)
-    from rl.stages import STAGES, run_stage
+    from rl.stages import STAGES, run_stage, stage_of
 
     console = Console(highlight=False)
     table = Table("stage", "time", title="time of each stage", title_justify="left")
     started = time.monotonic()
-    for number, stage in enumerate(STAGES.values(), start=1):
+    for number, name in enumerate(STAGES, start=1):
+        stage = stage_of(loaded, name)
         console.rule(f"{number}/{len(STAGES)} {stage.title}", align="left")
         seconds = run_stage(loaded, stage, again=again, outdated="move")
         if seconds is None:
@@ -144,7 +145,8 @@ def grpo(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None, again
 def evaluate(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None, again: Again = False) -> None:
     """The benchmark on held-out patients for base, SFT and GRPO, next to baselines that never see the image.
 
-    With engine.kind=openai, for the model that the section `openai` names, at any OpenAI-compatible endpoint.
+    With engine.kind=openai, for the model that the section `openai` names, at any OpenAI-compatible endpoint. What is
+    shown and asked is up to eval.image and eval.prompts; runs of other settings lie beside the usual ones.
     """
     loaded = _stage("eval", config, overrides, again)
     from rl.pipeline import read_runs

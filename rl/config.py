@@ -238,6 +238,11 @@ class EvalConfig:
 
     split: str = "test"
     """test | val."""
+    image: str = "volume"
+    """What the model is shown: "volume", "none" (no picture), "shuffled" (a volume of another patient) or "true_region"
+    (the true box of the question alone; there IoU means nothing)."""
+    prompts: str = "own"
+    """How it is asked: "own", our wording, or the path of a question file ({"1": text, ...}), asked as it stands."""
     temperature: float = 0.0
     max_completion_length: int = 128
     max_examples: int = 0

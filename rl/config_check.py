@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from rewards.suite import RewardSuite
 from rl.bench.endpoints import MEASURES, parse_endpoint
+from rl.choices import OWN_PROMPTS
 from rl.config import Config, ConfigError, load_config
 from rl.geometry import vision_geometry, visual_grid
 
@@ -36,6 +37,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "grpo.multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "grpo.importance_correction": ("auto", "none", "token_truncate"),
     "eval.split": ("test", "val"),
+    "eval.image": ("volume", "none", "shuffled", "true_region"),
     "ray.placement": ("separate", "colocate"),
     "phantom.grades": ("natural", "balanced", "mixed"),
 }
@@ -79,6 +81,7 @@ def validate(config: Config, *, needs_model: bool = True) -> None:
         *_view(config),
         *_model(config),
         *_openai(config),
+        *_eval(config),
         *_rewards(config),
         *_grpo(config),
         *_ray(config),
@@ -181,6 +184,15 @@ def _openai(config: Config) -> Iterator[str]:
         yield (
             "openai.api_key_env must be the name of an environment variable, in capitals, as OPENAI_API_KEY is; "
             "the key itself goes into that variable"
+        )
+
+
+def _eval(config: Config) -> Iterator[str]:
+    prompts = config.eval.prompts
+    if prompts != OWN_PROMPTS and not Path(prompts).is_file():
+        yield (
+            f"eval.prompts is {prompts!r}, which is no file: write {OWN_PROMPTS!r} for our wording, or the path of a "
+            "question file such as DIR/question_files/questions_nobbox_zeroshot.json"
         )
 
 

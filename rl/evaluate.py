@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rl.answering import ask, run_meta
+from rl.answering import Exam, ask, run_meta
 from rl.bench.answers import BenchRun, write_run
 from rl.bench.baselines import BASELINE_MODEL, PRIOR_MODEL, baseline_rows, fit_baselines, prior_rows
 from rl.choices import reader_of, reasoning_of, split_of
@@ -14,11 +14,7 @@ from rl.config import Config
 from rl.data.examples import Examples, load_examples
 from rl.stage_inputs import Inputs
 from rl.stages import eval_inputs, read_record, write_record
-from rl.task import Task
 from rollouts.types import Engine
-
-PROMPTS_PER_CALL = 512
-"""Prompts handed to the engine at once: enough to fill it, few enough to show progress."""
 
 RECORD = "made-from.json"
 """Beside a run's answers: what they were made from."""
@@ -35,20 +31,20 @@ def evaluate(
     folder: Path,
     on_progress: OnProgress = lambda done, total: None,
 ) -> BenchRun:
-    """Ask every question of the split, write `answers.parquet` and `run.json` to `folder`.
+    """Ask every question of the split, in the setting that `config.eval` names; write `answers.parquet` and `run.json`.
 
     Args:
         name: how tables call this run.
         adapter: PEFT folder; None for the bare base model.
     """
     started = time.monotonic()
-    task = Task(config, split_of(config))
-    examples = limited(config, task.examples)
+    exam = Exam(config)
+    examples = limited(config, exam.examples)
     engine.load_adapter(adapter)
     rows = []
-    for start in range(0, len(examples), PROMPTS_PER_CALL):
-        part = range(start, min(start + PROMPTS_PER_CALL, len(examples)))
-        rows += ask(config, task, engine, part)
+    for start in range(0, len(examples), exam.prompts_at_once):
+        part = range(start, min(start + exam.prompts_at_once, len(examples)))
+        rows += ask(config, exam, engine, part)
         on_progress(part.stop, len(examples))
     meta = run_meta(config, name, config.model.path, str(adapter) if adapter else None, examples)
     run = write_run(folder, rows, meta)
@@ -75,7 +71,7 @@ def evaluate_baselines(config: Config, folder: Path) -> dict[str, BenchRun]:
         "prior": (PRIOR_MODEL, prior_rows(fitted, examples, *how, config.seed)),
     }
     return {
-        name: write_run(folder / name, rows, run_meta(config, name, model, None, examples))
+        name: write_run(folder / name, rows, run_meta(config, name, model, None, examples).not_asked())
         for name, (model, rows) in made.items()
     }
 

@@ -94,7 +94,8 @@ def import_results(config: Config, name: str, paths: Sequence[Path]) -> Imported
         entry = answers.get(example.example_id)
         reason = MISSING if entry is None else ERROR if entry.error is not None else ANSWERED
         rows.append(answer_row(example, entry.completion if entry else "", reason, reader))
-    meta = replace(run_meta(config, name, f"{results.model} ({files})", None, examples), decoding={})
+    meta = run_meta(config, name, f"{results.model} ({files})", None, examples).not_asked()
+    meta = replace(meta, decoding={})
     folder = imported_folder(config, name)
     if folder.exists():
         move_aside(Path(config.run_dir), "imported", [folder])

@@ -33,9 +33,11 @@ from rl.progress import StageProgress
 from rl.sft import train_sft
 from rl.stages import (
     STAGES,
+    eval_folder,
     move_aside,
     require_finished,
     served_folder,
+    setting_of,
     sft_adapter,
     trained_adapters,
 )
@@ -147,33 +149,32 @@ def show_grpo(record: dict[str, float], progress: StageProgress) -> None:
 
 
 def run_eval(config: Config, progress: StageProgress) -> str:
-    """The benchmark for base, SFT and GRPO (those that exist), next to the baselines."""
-    folder = Path(config.run_dir) / "eval"
-    evaluate_baselines(config, folder)
+    """The benchmark for base, SFT and GRPO (those that exist), in the usual setting next to the baselines."""
+    made = [] if setting_of(config) else [*evaluate_baselines(config, Path(config.run_dir) / "eval")]
     adapters: dict[str, Path | None] = {BASE: None, **trained_adapters(config)}
-    wanted = {
-        name: adapter for name, adapter in adapters.items() if not is_current(config, adapter, folder / name)
-    }
-    for name in adapters.keys() - wanted.keys():
-        progress.log(f"{name}: has answered already, with the same model, data and settings")
+    folders = {eval_folder(config, name): adapter for name, adapter in adapters.items()}
+    wanted = [folder for folder, adapter in folders.items() if not is_current(config, adapter, folder)]
+    for folder in folders.keys() - set(wanted):
+        progress.log(f"{folder.name}: has answered already, with the same model, data and settings")
     if wanted:
         progress.log(f"starting the {config.engine.kind} engine")
         engine = start_engine(config)
         try:
-            for number, (name, adapter) in enumerate(wanted.items()):
+            for number, folder in enumerate(wanted):
 
-                def show(done: int, total: int, number: int = number, name: str = name) -> None:
+                def show(done: int, total: int, number: int = number, name: str = folder.name) -> None:
                     progress.update(number * total + done, len(wanted) * total, name)
 
-                if (folder / name).exists():
-                    moved = move_aside(Path(config.run_dir), "eval", [folder / name])
+                if folder.exists():
+                    moved = move_aside(Path(config.run_dir), "eval", [folder])
                     progress.log(
-                        f"{name}: former answers, of another model or other settings, are now in {moved}"
+                        f"{folder.name}: former answers, of another model or other settings, are now in {moved}"
                     )
-                evaluate(config, engine, name, adapter, folder / name, show)
+                evaluate(config, engine, folder.name, folders[folder], folder, show)
         finally:
             engine.close()
-    return f"answers of {', '.join([BASELINE, PRIOR, *adapters])} in {folder}"
+    names = ", ".join([*made, *(folder.name for folder in folders)])
+    return f"answers of {names} in {eval_folder(config, BASE).parent}"
 
 
 def run_served(config: Config, progress: StageProgress) -> str:
@@ -190,8 +191,8 @@ def read_runs(config: Config) -> dict[str, BenchRun]:
     if config.engine.kind == "openai":
         folder = served_folder(config)
         return {folder.name: read_run(folder)}
-    folder = Path(config.run_dir) / "eval"
-    return {name: read_run(folder / name) for name in OWN_RUNS if (folder / name / "run.json").exists()}
+    folders = [eval_folder(config, name) for name in OWN_RUNS]
+    return {folder.name: read_run(folder) for folder in folders if (folder / "run.json").exists()}
 
 
 def run_import(config: Config, name: str, paths: Sequence[Path]) -> Imported:
@@ -238,10 +239,12 @@ def run_compare(config: Config, progress: StageProgress, a: str = SFT, b: str = 
 
 def _folder_of_other_run(config: Config, name: str, known: Sequence[str]) -> Path:
     run_dir = Path(config.run_dir)
-    for folder in (run_dir / "served" / name, imported_folder(config, name), Path(name)):
+    of_eval = [run_dir / kind / name for kind in ("eval", "settings", "served")]
+    for folder in (*of_eval, imported_folder(config, name), Path(name)):
         if (folder / "run.json").exists():
             return folder
     others = f"use one of {', '.join(known)}" if known else "run `reasonknee eval` first"
     raise ConfigError(
-        f"no run {name!r}: {others}, or name a served model, an imported run or a folder that holds a run.json"
+        f"no run {name!r}: {others}, or name one of another setting (as GRPO-none is), a served model, an imported "
+        "run or a folder that holds a run.json"
     )

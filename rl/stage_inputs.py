@@ -32,7 +32,7 @@ them changes (a tolerance that proved too tight, a token budget that did not fit
 MAY_GROW = frozenset({"grpo.max_steps"})
 """Settings that make a finished run longer: it goes on from its last checkpoint."""
 
-SEEN_AS_FILES = frozenset({"data.train_file", "data.val_file", "data.test_file"})
+SEEN_AS_FILES = frozenset({"data.train_file", "data.val_file", "data.test_file", "eval.prompts"})
 """Names of files whose content is compared by those stages that read them."""
 
 _ENDS = 1 << 20
@@ -123,6 +123,12 @@ def reward_files(config: Config) -> dict[str, str]:
     return {
         f"reward file {path}": _content(Path(path)) for path in sorted(paths) if path and Path(path).is_file()
     }
+
+
+def question_file(config: Config) -> dict[str, str]:
+    """The question file that the benchmark asks, by content; nothing for our own wording."""
+    path = Path(config.eval.prompts)
+    return {"question file": _content(path)} if path.is_file() else {}
 
 
 def run_files(folders: Iterable[Path]) -> dict[str, str]:

@@ -16,13 +16,13 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from rewards.errors import ReasonKneeError
 from rl import stage_inputs as inputs
-from rl.choices import split_of
+from rl.choices import OWN_PROMPTS, split_of
 from rl.config import Config, ConfigError, save_config
 from rl.data.layout import Split
 from rl.data.phantom.marker import refuse_other_data
@@ -245,10 +245,29 @@ def _grpo_inputs(config: Config) -> Inputs:
 def eval_inputs(config: Config, adapters: Mapping[str, Path]) -> Inputs:
     """What the benchmark of the base and of models with these adapters depends on."""
     files = inputs.dataset(config, ("train", split_of(config)))
-    files |= inputs.model_files(config)
+    files |= inputs.model_files(config) | inputs.question_file(config)
     for name, adapter in adapters.items():
         files |= inputs.adapter_files(adapter, f"the adapter of {name}")
     return Inputs(inputs.settings(config, *_TASK, "eval", "rewards.reader", "engine.kind"), files)
+
+
+def setting_of(config: Config) -> str:
+    """The setting of the benchmark as the end of a run's name, `none` or `questions_guided-true_region` say.
+
+    Empty for what is usual: the volume shown, our own wording.
+    """
+    parts = [] if config.eval.prompts == OWN_PROMPTS else [Path(config.eval.prompts).stem]
+    return "-".join([*parts, *([] if config.eval.image == "volume" else [config.eval.image])])
+
+
+def run_name(config: Config, name: str) -> str:
+    """How tables call the run of a model in the setting of the benchmark: `GRPO`, or `GRPO-none`."""
+    return "-".join(filter(None, [name, setting_of(config)]))
+
+
+def eval_folder(config: Config, name: str) -> Path:
+    """Where the answers of a model of this run are: those of another setting lie beside the usual ones."""
+    return Path(config.run_dir) / ("settings" if setting_of(config) else "eval") / run_name(config, name)
 
 
 def trained_adapters(config: Config) -> dict[str, Path]:
@@ -267,17 +286,30 @@ def _in_run(*names: str) -> Callable[[Config], list[Path]]:
 
 def served_folder(config: Config) -> Path:
     """Where the benchmark run of the served model is, apart from those of the models of this run."""
-    return Path(config.run_dir) / "served" / config.openai.model.replace("/", "--")
+    return Path(config.run_dir) / "served" / run_name(config, config.openai.model.replace("/", "--"))
 
 
 def _served_inputs(config: Config) -> Inputs:
     chosen = ("seed", "data", "view", "model.reasoning", "eval", "rewards.reader", "openai")
-    files = inputs.dataset(config, (split_of(config),))
+    files = inputs.dataset(config, (split_of(config),)) | inputs.question_file(config)
     return Inputs(inputs.settings(config, *chosen), files)
 
 
 def stage_of(config: Config, name: str) -> Stage:
-    """The stage by its name; `eval` may be that of a model served elsewhere."""
+    """The stage by its name; `eval` may be that of a model served elsewhere, or of another setting."""
+    setting = setting_of(config)
+    if name == "compare" and setting:
+        return comparison_of(run_name(config, "SFT"), run_name(config, "GRPO"))
+    if name == "eval" and setting and config.engine.kind != "openai":
+        return replace(
+            STAGES[name],
+            name=f"eval-{setting}",
+            title=f"benchmark, {setting}",
+            results=lambda config: [
+                eval_folder(config, model) for model in ("base", *trained_adapters(config))
+            ],
+            run=lambda config, progress: _function("eval")(config, progress),
+        )
     if name != "eval" or config.engine.kind != "openai":
         return STAGES[name]
     folder = served_folder(config)
@@ -296,7 +328,7 @@ def comparison_of(a: str, b: str) -> Stage:
 
     def what_it_reads(config: Config) -> Inputs:
         chosen = {"runs": [a, b], **inputs.settings(config, "seed", "compare", "rewards.reader")}
-        return Inputs(chosen, inputs.run_files(_in_run("eval", "served", "imported")(config)))
+        return Inputs(chosen, inputs.run_files(_in_run("eval", "settings", "served", "imported")(config)))
 
     def run(config: Config, progress: StageProgress) -> str | None:
         return _function("compare")(config, progress, a, b)

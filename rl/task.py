@@ -18,7 +18,7 @@ from rl.data.sampling import PromptSampler
 from rl.environment import pick_device, pick_dtype
 from rl.model import load_tokenizer, resolve_model
 from rl.packed import Node
-from rollouts.cache import EmbeddingCache, embedding_recipe, open_store
+from rollouts.cache import EmbeddingCache, FeatureStore, embedding_recipe, open_store
 from rollouts.positions import mrope_positions
 from rollouts.prompts import PromptBuilder, check_length
 from rollouts.requests import ModelFacts
@@ -40,11 +40,7 @@ class Task:
         self.model_path = resolve_model(config.model.path)
         self.spec = TowerSpec.of_folder(self.model_path)
         self.tokenizer = load_tokenizer(self.model_path)
-        self.store = open_store(
-            self.examples.volumes().values(),
-            EmbeddingCache(config.embed.cache_dir),
-            feature_recipe(config, self.spec),
-        )
+        self.store = open_features(config, self.examples, self.spec)
         self.builder = PromptBuilder(self.tokenizer, reasoning_of(config))
         self._tokens_per_second = ModelFacts.of(str(self.model_path)).tokens_per_second
         # questions about a volume come one after another: it is read once, and they share it in memory
@@ -111,6 +107,17 @@ class Task:
             merge_size=self.spec.sizes.merge,
             tokens_per_second=self._tokens_per_second,
         )
+
+
+def open_features(config: Config, examples: Examples, spec: TowerSpec) -> FeatureStore:
+    """The cached features of the volumes of these examples.
+
+    Raises:
+        rollouts.cache.CacheError: a volume was not embedded yet.
+    """
+    return open_store(
+        examples.volumes().values(), EmbeddingCache(config.embed.cache_dir), feature_recipe(config, spec)
+    )
 
 
 def feature_recipe(config: Config, spec: TowerSpec) -> str:

@@ -17,6 +17,7 @@ from rl.answering import ask, run_meta
 from rl.bench.answers import make_run
 from rl.bench.endpoints import parse_endpoint
 from rl.bench.metrics import grade_run, tables
+from rl.choices import OWN_PROMPTS
 from rl.config import Config, ConfigError
 from rl.errors import staged_folder
 from rl.task import Task
@@ -34,7 +35,8 @@ class Validation:
     """
 
     def __init__(self, config: Config) -> None:
-        self.config = replace(config, eval=replace(config.eval, split="val", temperature=0.0))
+        as_trained = replace(config.eval, split="val", image="volume", prompts=OWN_PROMPTS, temperature=0.0)
+        self.config = replace(config, eval=as_trained)
         self.task = Task(config, "val")
         count = len(self.task.examples)
         if not count:

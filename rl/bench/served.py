@@ -1,8 +1,8 @@
 """ReasonKnee-Bench on a model that is served elsewhere, behind any endpoint that speaks OpenAI's API.
 
 No `Engine`: it takes no cached features and no adapters, and gives no log-probabilities. The model is asked what the
-other engines ask, and is shown the same view of the volume (crop, window, size) as pictures of evenly spaced slices,
-each under its index, because boxes are answered in voxels of the file.
+other engines ask, and is shown the same view (crop, window, size) of what the setting shows (`rl.showing`), as pictures
+of evenly spaced slices, each under its index, because boxes are answered in voxels.
 
 The client of the package `openai` sends a request again that failed for the moment, after growing pauses or the one
 the endpoint asks for. A call that fails in the end is no answer: the next run makes it anew.
@@ -28,6 +28,7 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 from PIL import Image
 from pydantic import BaseModel, Field, ValidationError
 
+from rewards.boxes import Box3D
 from rewards.errors import ReasonKneeError
 from rewards.types import Example
 from rl.answering import run_meta
@@ -36,12 +37,12 @@ from rl.bench.journal import Entry, Journal
 from rl.choices import reader_of, reasoning_of, split_of
 from rl.config import Config
 from rl.config_openai import OpenAIConfig
-from rl.data.boxes import parse_convention
 from rl.data.examples import load_examples
 from rl.evaluate import OnProgress, limited
 from rl.geometry import vision_geometry
-from rollouts.prompts import INSTRUCTION, SYSTEM_PROMPT, question_text, volume_header
-from rollouts.volumes import PatchSizes, read_volume, view_frames
+from rl.showing import Pictures, Showing
+from rollouts.prompts import SYSTEM_PROMPT, asked, volume_header
+from rollouts.volumes import PatchSizes
 
 FAILURES_IN_A_ROW = 20
 """After so many failed calls, one after another, the run stops: endpoint, key or model name must be at fault."""
@@ -74,10 +75,13 @@ def evaluate_served(
 
     Raises:
         ServedError: no key, or calls that failed; nothing is written then but the journal.
+        ConfigError, rl.data.layout.DataError: the setting does not fit the items (`rl.showing`).
         rl.bench.journal.JournalError: a damaged line in the journal.
     """
-    examples = limited(config, load_examples(config, split_of(config)))
-    entries = asyncio.run(_entries(config, examples, Journal(folder / "journal.jsonl"), on_progress))
+    split = load_examples(config, split_of(config))
+    examples = limited(config, split)
+    asking = requests(config, examples, Showing(config, split))
+    entries = asyncio.run(_entries(config, examples, asking, Journal(folder / "journal.jsonl"), on_progress))
     rows = [
         answer_row(example, entries[i].completion, entries[i].finish_reason, reader_of(config))
         for i, example in enumerate(examples)
@@ -86,13 +90,17 @@ def evaluate_served(
 
 
 async def _entries(
-    config: Config, examples: Sequence[Example], journal: Journal, on_progress: OnProgress
+    config: Config,
+    examples: Sequence[Example],
+    asking: Iterator[Request],
+    journal: Journal,
+    on_progress: OnProgress,
 ) -> dict[int, Entry]:
     """The answer to each example by its position, all of them in the journal."""
     entries: dict[int, Entry] = {}
     failures: list[str] = []
     in_a_row = 0
-    async for i, outcome in completions(config, examples, journal):
+    async for i, outcome in completions(config, asking, journal):
         if isinstance(outcome, str):
             failures.append(f"{examples[i].example_id}: {outcome}")
             in_a_row += 1
@@ -115,16 +123,16 @@ async def _entries(
 
 
 async def completions(
-    config: Config, examples: Sequence[Example], journal: Journal
+    config: Config, asking: Iterator[Request], journal: Journal
 ) -> AsyncIterator[tuple[int, Entry | str]]:
-    """Each example's position and its answer, or why its call failed: those of the journal, others as they come.
+    """Each request's position and its answer, or why its call failed: those of the journal, others as they come.
 
     Raises:
         ServedError: the environment holds no key.
     """
     async with _client(config.openai) as client:
         under_way: set[asyncio.Task[tuple[int, Entry | str]]] = set()
-        for i, request in enumerate(requests(config, examples)):
+        for i, request in enumerate(asking):
             await asyncio.sleep(0)  # replies come in while volumes are read, or they would seem to time out
             if request.key in journal:
                 yield i, journal[request.key]
@@ -138,12 +146,16 @@ async def completions(
             yield await last
 
 
-def requests(config: Config, examples: Sequence[Example]) -> Iterator[Request]:
+def requests(config: Config, examples: Sequence[Example], showing: Showing) -> Iterator[Request]:
     """The request of each example. A volume is read once for the questions about it that follow each other."""
-    pictures = lru_cache(maxsize=1)(partial(picture_parts, config))
+    geometry = vision_geometry(config.model.path)
+    sizes = PatchSizes(geometry.patch_size, geometry.merge_size) if geometry else PatchSizes()
+    parts = lru_cache(maxsize=1)(partial(picture_parts, config, Pictures(config, sizes)))
     for example in examples:
-        question = f"{question_text(example.question)} {INSTRUCTION[reasoning_of(config)]}"
-        content = [_text(volume_header(example)), *pictures(example.volume.image_path), _text(question)]
+        region = showing.region(example)
+        shown = [] if showing.image == "none" else parts(showing.volume(example).image_path, region)
+        question = asked(example.question, reasoning_of(config), showing.texts)
+        content = [_text(volume_header(example, region)), *shown, _text(question)]
         body = {
             "model": config.openai.model,
             "messages": [
@@ -158,17 +170,17 @@ def requests(config: Config, examples: Sequence[Example]) -> Iterator[Request]:
         yield Request(example.example_id, body, hashlib.blake2b(sent, digest_size=16).hexdigest())
 
 
-def picture_parts(config: Config, image_path: str) -> list[Part]:
+def picture_parts(config: Config, pictures: Pictures, image_path: str, region: Box3D | None) -> list[Part]:
     """The view of a volume: which voxels its pictures show, then index and picture of each chosen slice.
 
+    Args:
+        region: shown alone; indices are counted from its lowest corner then.
     Raises:
         rollouts.volumes.VolumeError, rollouts.volumes.ViewError: the volume cannot be read, or shown in this view.
     """
-    geometry = vision_geometry(config.model.path)
-    sizes = PatchSizes(geometry.patch_size, geometry.merge_size) if geometry else None
-    axes = parse_convention(config.data.box_convention).axes
-    shown = view_frames(read_volume(image_path), config.view, *axes, sizes)
-    _, _, left, right, top, bottom = shown.geometry.crop.to_text()
+    shown = pictures.frames(image_path, region)
+    first, x, y = region.to_corners()[0] if region else (0, 0, 0)
+    _, _, left, right, top, bottom = shown.geometry.crop.shifted(-first, -x, -y).to_text()
     parts = [
         _text(
             f"Each picture is the slice whose index precedes it; x runs from {left} at its left edge to {right} at its "
@@ -177,7 +189,7 @@ def picture_parts(config: Config, image_path: str) -> list[Part]:
     ]
     slices = list(dict.fromkeys(shown.geometry.slices))  # the last one may stand there twice
     for i in evenly_spaced(len(slices), config.openai.max_slices):
-        parts += [_text(f"Slice {slices[i]}:"), _picture(shown.frames_T_H_W[i])]
+        parts += [_text(f"Slice {slices[i] - first}:"), _picture(shown.frames_T_H_W[i])]
     return parts
 
 

@@ -48,6 +48,26 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     assert done.stdout.strip().endswith("[]")
 
 
+@pytest.mark.slow
+def test_a_blind_run_is_compared_with_the_usual_one_of_the_same_model(
+    recipe: Words, tmp_path: Path, cli: Cli, refusal: Refusal
+) -> None:
+    few = [*recipe, "eval.max_examples=4", "compare.bootstrap_draws=50"]
+    for words in ([], ["eval.image=none"]):
+        done = cli("eval", *few, *words)
+        assert done.exit_code == 0, (done.output, done.exception)
+    assert f"benchmark, none: answers of base-none in {tmp_path}/run/settings" in done.output
+    assert "shown no picture, own prompts" in done.output
+    assert "nothing has changed" in cli("eval", *few).output
+    assert "no run 'base-shuffled'" in refusal("compare", "base", "base-shuffled", *few)
+
+    compared = cli("compare", "base", "base-none", *few)
+    assert compared.exit_code == 0, (compared.output, compared.exception)
+    setting = "base-none: shown no picture, own prompts; base: shown the volume, own prompts"
+    assert setting in " ".join(compared.output.split())
+    assert f"Setting: {setting}." in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_the_stages_by_name_lead_from_embeddings_to_a_report(
     recipe: Words, tmp_path: Path, cli: Cli, refusal: Refusal
 ) -> None:

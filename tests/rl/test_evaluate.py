@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from rewards.ontology import QUESTIONS
 from rl.bench.answers import read_run
 from rl.choices import split_of
 from rl.config import Config, ConfigError
 from rl.engine import engine_options, start_engine
 from rl.evaluate import evaluate, evaluate_baselines, is_current
 from rl.task import Task
+from rl.validation import Validation
 from rollouts.hf_engine import HfEngine
 from rollouts.types import Engine, EngineError
 from rollouts.vllm_engine import VllmEngine
@@ -47,6 +51,43 @@ def test_a_run_is_current_until_its_adapter_or_settings_change(
     assert not is_current(config, None, folder)
     assert not is_current(replace(config, eval=replace(config.eval, temperature=0.5)), adapter, folder)
     assert not is_current(config, adapter, tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("image", ["none", "shuffled", "true_region"])
+def test_a_run_says_what_was_shown_and_answers_the_items_of_the_usual_one(
+    make_config: Callable[..., Config], engine: Engine, tmp_path: Path, image: str
+) -> None:
+    config = make_config(*SHORT, f"eval.image={image}")
+    evaluate(config, engine, "x", None, tmp_path / "x")
+    run, usual = read_run(tmp_path / "x"), evaluate_baselines(make_config(*SHORT), tmp_path)["baseline"]
+    assert (run.meta.image, run.meta.prompts, usual.meta.image) == (image, "own", None)
+    assert run.answers["item_hash"].to_list() == usual.answers["item_hash"].to_list()
+    assert run.meta.dataset_fingerprint == usual.meta.dataset_fingerprint
+    assert is_current(config, None, tmp_path / "x")
+    assert not is_current(make_config(*SHORT), None, tmp_path / "x")
+
+
+def test_a_run_on_the_users_questions_is_current_until_the_file_says_something_else(
+    make_config: Callable[..., Config], engine: Engine, tmp_path: Path
+) -> None:
+    texts = {str(i): f'Grade {{"{QUESTIONS[i].entity}": 0}}' for i in (1, 16, 42, 60)}
+    (tmp_path / "mine.json").write_text(json.dumps(texts))
+    config = make_config(*SHORT, f"eval.prompts={tmp_path / 'mine.json'}")
+    evaluate(config, engine, "x", None, tmp_path / "x")
+    assert read_run(tmp_path / "x").meta.prompts == "mine.json"
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(tmp_path / "mine.json", tmp_path / "elsewhere")
+    moved = make_config(*SHORT, f"eval.prompts={tmp_path / 'elsewhere' / 'mine.json'}")
+    assert is_current(moved, None, tmp_path / "x")
+    (tmp_path / "mine.json").write_text(json.dumps(texts | {"1": texts["1"] + " now"}))
+    assert not is_current(config, None, tmp_path / "x")
+
+
+def test_validation_while_training_shows_and_asks_what_is_trained_on(
+    make_config: Callable[..., Config],
+) -> None:
+    validation = Validation(make_config("eval.image=none", "eval.prompts=mine.json"))
+    assert (validation.config.eval.image, validation.config.eval.prompts) == ("volume", "own")
 
 
 def test_the_baselines_answer_the_same_questions(

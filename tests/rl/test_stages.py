@@ -17,7 +17,17 @@ import pytest
 from rl.config import Config, load_config
 from rl.data.phantom.marker import MARKER
 from rl.progress import StageProgress
-from rl.stages import STAGES, Run, StageError, read_record, require_finished, run_stage
+from rl.stages import (
+    STAGES,
+    Run,
+    StageError,
+    eval_folder,
+    read_record,
+    require_finished,
+    run_name,
+    run_stage,
+    stage_of,
+)
 
 SPLIT_HEADER = "patient_id,time,study_folder,series_folder,knee_side,path,image_filepath,label_filepath"
 REWARD = "from rewards import reward\n\n@reward\ndef found(answer) -> float:\n    return 1.0\n"
@@ -275,6 +285,36 @@ def test_two_processes_do_not_do_the_same_stage_at_once(config: Config) -> None:
 def test_two_runs_share_one_dataset_without_writing_it_twice(config: Config) -> None:
     demo(config)
     assert "phantom" not in demo(changed(config, "run_dir=other"))
+
+
+def test_another_setting_is_evaluated_beside_the_usual_one_and_leaves_it_in_peace(config: Config) -> None:
+    demo(config)
+    blind = changed(config, "eval.image=none")
+    stage = stage_of(blind, "eval")
+    assert [str(path) for path in stage.results(blind)] == [
+        f"run/settings/{name}-none" for name in ("base", "SFT", "GRPO")
+    ]
+
+    def answer(config: Config, progress: StageProgress) -> str:
+        for folder in stage.results(config):
+            _write(folder / "run.json", "{}")
+        return "answers"
+
+    assert run_stage(blind, replace(stage, run=answer)) is not None
+    assert run_stage(blind, replace(stage, run=answer)) is None
+    assert run_stage(config, replace(STAGES["eval"], run=evaluate)) is None
+    assert demo(config) == ["compare"]  # there are more runs to choose from
+    run_stage(blind, replace(stage, run=answer), again=True)
+    assert Path("run/old/eval-none-1/GRPO-none/run.json").exists()
+    assert Path("run/eval/GRPO/run.json").exists()
+
+
+def test_the_setting_names_the_runs(config: Config) -> None:
+    Path("guided.json").write_text("{}")
+    assert run_name(config, "GRPO") == "GRPO"
+    both = changed(config, "eval.prompts=guided.json", "eval.image=true_region")
+    assert eval_folder(both, "GRPO") == Path("run/settings/GRPO-guided-true_region")
+    assert "SFT-guided-true_region" in str(stage_of(both, "compare").inputs(both).settings["runs"])
 
 
 def test_a_record_that_cannot_be_read_is_named(config: Config) -> None:

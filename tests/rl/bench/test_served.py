@@ -11,8 +11,8 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import Result
 
+from rewards.ontology import QUESTIONS
+from rewards.types import Example
 from rl.bench import served
 from rl.bench.answers import read_run
-from rl.bench.served import ServedError, evaluate_served, evenly_spaced, requests
-from rl.config import Config
+from rl.bench.compare import compare, verdict
+from rl.bench.served import Request, ServedError, evaluate_served, evenly_spaced, requests
+from rl.choices import split_of
+from rl.config import CompareConfig, Config
 from rl.config_check import validate
 from rl.data.examples import load_examples
 from rl.evaluate import evaluate_baselines
+from rl.showing import Showing
+from rl.stages import served_folder
 from rollouts.prompts import INSTRUCTION, question_text
 from rollouts.volumes import PatchSizes, read_volume, view_frames
 
@@ -129,6 +135,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "run" / "served" / "org--m"
 
 
+def requests_of(config: Config, examples: Sequence[Example]) -> list[Request]:
+    return list(requests(config, examples, Showing(config, load_examples(config, split_of(config)))))
+
+
 def journal_lines(folder: Path) -> list[dict[str, str]]:
     path = folder / "journal.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -161,7 +171,7 @@ def test_a_request_asks_what_the_engines_ask_and_shows_slices_of_the_view_under_
 ) -> None:
     config = ask("openai.max_slices=3", "view.slice_stride=2", "view.crop=[1,11,4,44,0,48]", "seed=7")
     example = load_examples(config, "test")[0]
-    (request,) = requests(config, [example])
+    (request,) = requests_of(config, [example])
     sampling = {name: request.body[name] for name in ("temperature", "max_completion_tokens", "seed")}
     assert sampling == {"temperature": 0.0, "max_completion_tokens": 128, "seed": 7}
     header, where, *pictures, question = request.body["messages"][1]["content"]
@@ -176,6 +186,72 @@ def test_a_request_asks_what_the_engines_ask_and_shows_slices_of_the_view_under_
         kind, _, png = part["image_url"]["url"].partition(",")
         assert kind == "data:image/png;base64"
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(png)))), frame.numpy())
+
+
+def test_a_model_without_a_picture_gets_the_header_and_the_question(ask: Callable[..., Config]) -> None:
+    config = ask("eval.image=none")
+    example = load_examples(config, "test")[0]
+    (request,) = requests_of(config, [example])
+    header, question = request.body["messages"][1]["content"]
+    assert "voxels" in header["text"]
+    assert question["text"].startswith(question_text(example.question))
+
+
+def test_a_shuffled_item_is_asked_with_the_pictures_of_another_patient(ask: Callable[..., Config]) -> None:
+    usual, shuffled = ask(), ask("eval.image=shuffled")
+    examples = load_examples(usual, "test")
+    firsts = [indices[0] for indices in examples.by_volume().values()]
+    assert len(firsts) == len({examples[i].patient_id for i in firsts}) == 2
+    own, other = (
+        [
+            request.body["messages"][1]["content"]
+            for request in requests_of(config, [examples[i] for i in firsts])
+        ]
+        for config in (usual, shuffled)
+    )
+    assert [parts[0] for parts in own] == [parts[0] for parts in other]
+    assert [parts[1:-1] for parts in own] == [parts[1:-1] for parts in reversed(other)]
+
+
+def test_a_true_region_is_shown_in_pictures_of_its_own_under_indices_of_its_own(
+    ask: Callable[..., Config],
+) -> None:
+    config = ask("eval.image=true_region", "openai.max_slices=99")
+    example = load_examples(config, "test")[1]
+    box = example.truth.bbox
+    assert box is not None
+    (request,) = requests_of(config, [example])
+    header, where, *pictures, _ = request.body["messages"][1]["content"]
+    slices, columns, rows = box.extents
+    assert f"cut to the region asked about: {slices} slices of {columns} x {rows} voxels" in header["text"]
+    assert f"x runs from 0 at its left edge to {columns - 1} at" in where["text"]
+    assert f"y from 0 at the top to {rows - 1} at" in where["text"]
+    assert [part["text"] for part in pictures[::2]] == [f"Slice {i}:" for i in range(slices)]
+    region = replace(config.view, crop=list(astuple(box)), height=16, width=16)
+    cut = view_frames(read_volume(example.volume.image_path), region, sizes=PatchSizes(8))
+    for part, frame in zip(pictures[1::2], cut.frames_T_H_W, strict=False):
+        png = base64.b64decode(part["image_url"]["url"].partition(",")[2])
+        picture = np.asarray(Image.open(io.BytesIO(png))).astype(float)
+        assert picture.mean() == pytest.approx(float(frame.float().mean()), abs=3)  # whatever its size
+
+
+def test_the_users_questions_are_sent_as_they_stand(ask: Callable[..., Config], tmp_path: Path) -> None:
+    texts = {str(i): f'Grade {i}: {{"{QUESTIONS[i].entity}": 0}}' for i in (1, 16, 42, 60)}
+    (tmp_path / "mine.json").write_text(json.dumps(texts))
+    config = ask(f"eval.prompts={tmp_path / 'mine.json'}")
+    (request,) = requests_of(config, [load_examples(config, "test")[0]])
+    assert request.body["messages"][1]["content"][-1]["text"] == texts["1"]
+
+
+def test_a_blind_run_lies_beside_the_usual_one_and_is_compared_with_it(
+    ask: Callable[..., Config], folder: Path
+) -> None:
+    usual, blind = ask(), ask("eval.image=none")
+    assert (served_folder(usual), served_folder(blind).name) == (folder, "org--m-none")
+    runs = [evaluate_served(config, served_folder(config)) for config in (usual, blind)]
+    assert [run.meta.image for run in runs] == ["volume", "none"]
+    words = verdict(compare(*runs, CompareConfig(bootstrap_draws=20)))
+    assert "org--m-none: shown no picture, own prompts; org--m: shown the volume, own prompts" in words
 
 
 @given(n=st.integers(1, 200), at_most=st.integers(1, 200))
@@ -273,6 +349,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(
         ),
         *("eval.temperature=0.5", "eval.max_completion_length=9", "seed=3", "model.reasoning=none"),
         *("eval.split=val", "data.question_ids=[42]"),
+        *("eval.image=none", "eval.image=shuffled", "eval.image=true_region"),
     ],
 )
 def test_an_answer_to_anything_else_is_never_taken_for_this_one(
@@ -280,7 +357,7 @@ def test_an_answer_to_anything_else_is_never_taken_for_this_one(
 ) -> None:
     def keys(config: Config) -> list[str]:
         examples = load_examples(config, "val" if config.eval.split == "val" else "test")
-        return [request.key for request in requests(config, examples[:1])]
+        return [request.key for request in requests_of(config, examples[:1])]
 
     assert keys(ask()) == keys(ask("openai.concurrency=9", "openai.retries=9"))
     assert keys(ask()) != keys(ask(override))
