@@ -9,6 +9,7 @@ Overlaps are counted in voxels; all voxels of a volume have the same size, so th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Literal
@@ -138,12 +139,15 @@ def giou(a: Box3D, b: Box3D) -> float:
 
 def center_distance_mm(a: Box3D, b: Box3D, spacing_mm: tuple[float, float, float]) -> float:
     """Euclidean distance of the two centres in mm; `spacing_mm` is the voxel size along (slice, x, y)."""
-    doubled = (
-        a.slice_min + a.slice_max - b.slice_min - b.slice_max,
-        a.x_min + a.x_max - b.x_min - b.x_max,
-        a.y_min + a.y_max - b.y_min - b.y_max,
+    ds, dx, dy = spacing_mm
+    return (
+        math.hypot(
+            (a.slice_min + a.slice_max - b.slice_min - b.slice_max) * ds,
+            (a.x_min + a.x_max - b.x_min - b.x_max) * dx,
+            (a.y_min + a.y_max - b.y_min - b.y_max) * dy,
+        )
+        / 2
     )
-    return float(np.linalg.norm(np.array(doubled) / 2 * np.array(spacing_mm)))
 
 
 def boxes_array(boxes: Sequence[Box3D]) -> npt.NDArray[np.int64]:

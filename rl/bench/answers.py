@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,9 @@ SCHEMA = pl.Schema(
     }
 )
 """Columns of `answers.parquet`; `truth_bbox` alone may be null."""
+
+BATCH = 2_000
+"""Rows that are Python objects at once; a run as a whole stays in its columns."""
 
 
 class RunError(ReasonKneeError, ValueError):
@@ -185,6 +190,11 @@ class BenchRun:
     answers: pl.DataFrame
 
 
+_json = json.JSONEncoder(ensure_ascii=False).encode
+HASHED = ("question_id", "volume_id", "shape", "truth_grades", "truth_bbox", "reader")
+"""Columns of `SCHEMA` that are the arguments of `item_hash`."""
+
+
 def item_hash(
     question_id: int,
     volume_id: str,
@@ -194,9 +204,10 @@ def item_hash(
     reader: str,
 ) -> str:
     """128-bit hash of what an answer is graded on: question, volume, truth and reader."""
-    bbox = None if truth_bbox is None else list(truth_bbox)
-    content = json.dumps(
-        [question_id, volume_id, list(shape), truth_grades, bbox, reader], ensure_ascii=False
+    bbox = "null" if truth_bbox is None else list(truth_bbox)
+    # a list of integers reads the same in JSON and in Python
+    content = (
+        f"[{question_id}, {_json(volume_id)}, {list(shape)}, {_json(truth_grades)}, {bbox}, {_json(reader)}]"
     )
     return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
@@ -232,19 +243,48 @@ def row_truth(row: Mapping[str, Any]) -> Truth:
     return Truth(grades=json.loads(row["truth_grades"]), bbox=None if box is None else Box3D.from_text(box))
 
 
-def row_example(row: Mapping[str, Any]) -> Example:
-    """The question of one row of `answers.parquet`, about its volume, with its truth."""
-    s, x, y = row["shape"]
-    ds, dx, dy = row["spacing_mm"]
-    return Example(
-        example_id=row["example_id"],
-        volume=VolumeRef(row["volume_id"], row["image_path"], None, (s, x, y), (ds, dx, dy)),
-        question=QUESTIONS[row["question_id"]],
-        truth=row_truth(row),
-        patient_id=row["patient_id"],
-        visit=row["visit"],
-        side=row["side"],
-    )
+def examples_of(answers: pl.DataFrame) -> Iterator[Example]:
+    """The question of each row of `answers.parquet`, about its volume, with its truth."""
+    for batch in answers.select(_ASKED).iter_slices(BATCH):
+        for (
+            example_id,
+            volume_id,
+            path,
+            shape,
+            spacing,
+            patient,
+            visit,
+            side,
+            question_id,
+            grades,
+            box,
+        ) in zip(*(batch[name].to_list() for name in _ASKED), strict=True):
+            yield Example(
+                example_id=example_id,
+                volume=VolumeRef(volume_id, path, None, tuple(shape), tuple(spacing)),
+                question=QUESTIONS[question_id],
+                truth=Truth(_grades(grades), None if box is None else Box3D.from_text(box)),
+                patient_id=patient,
+                visit=visit,
+                side=side,
+            )
+
+
+_ASKED = (
+    "example_id",
+    "volume_id",
+    "image_path",
+    "shape",
+    "spacing_mm",
+    "patient_id",
+    "visit",
+    "side",
+    "question_id",
+    "truth_grades",
+    "truth_bbox",
+)
+_grades = lru_cache(maxsize=4096)(json.loads)
+"""A question has few truths: their texts repeat all through a run."""
 
 
 def make_run(rows: Iterable[AnswerRow], meta: RunMeta) -> BenchRun:
@@ -253,28 +293,31 @@ def make_run(rows: Iterable[AnswerRow], meta: RunMeta) -> BenchRun:
     Raises:
         RunError: duplicate items, questions outside the set, truths outside the grade space (see `read_run`).
     """
-    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA}
-    for row in rows:
-        for name, values in columns.items():
-            value = getattr(row, name)
-            values.append(list(value) if isinstance(value, tuple) else value)
-    answers = pl.DataFrame(columns, schema=SCHEMA)
-    counted = RunMeta(**{f.name: getattr(meta, f.name) for f in fields(meta)} | {"n": answers.height})
-    run = BenchRun(counted, answers)
+    rows, frames = iter(rows), [SCHEMA.to_frame()]
+    while batch := list(islice(rows, BATCH)):
+        frames.append(pl.DataFrame({name: _values(batch, name) for name in SCHEMA}, schema=SCHEMA))
+    answers = pl.concat(frames, rechunk=True)
+    run = BenchRun(replace(meta, n=answers.height), answers)
     _check(run, f"run {meta.name!r}")
     return run
 
 
+def _values(rows: Sequence[AnswerRow], name: str) -> list[Any]:
+    values = [getattr(row, name) for row in rows]
+    return [list(value) if isinstance(value, tuple) else value for value in values]
+
+
 def reread(run: BenchRun, reader: ReaderMode) -> BenchRun:
     """The same answers, to be read by this reader: rows, hashes and `meta` say so."""
-    columns = ("question_id", "volume_id", "shape", "truth_grades", "truth_bbox")
-    contents = zip(*(run.answers[name].to_list() for name in columns), strict=True)
-    hashes = [
-        item_hash(question_id, volume_id, shape, grades, bbox, reader)
-        for question_id, volume_id, shape, grades, bbox in contents
-    ]
-    answers = run.answers.with_columns(reader=pl.lit(reader), item_hash=pl.Series(hashes))
-    return BenchRun(replace(run.meta, reader=reader), answers)
+    answers = run.answers.with_columns(reader=pl.lit(reader))
+    hashed = answers.with_columns(item_hash=pl.Series(_hashes(answers), dtype=pl.String))
+    return BenchRun(replace(run.meta, reader=reader), hashed)
+
+
+def _hashes(answers: pl.DataFrame) -> Iterator[str]:
+    """`item_hash` of each row, from its content."""
+    for batch in answers.select(HASHED).iter_slices(BATCH):
+        yield from map(item_hash, *(batch[name].to_list() for name in HASHED))
 
 
 def write_run(folder: Path, rows: Iterable[AnswerRow], meta: RunMeta) -> BenchRun:
@@ -348,14 +391,12 @@ def _check(run: BenchRun, place: str) -> None:
         raise RunError(
             f"{place} row {others['row'][0]}: reader is {others['reader'][0]!r}, run.json says {meta.reader!r}"
         )
-    columns = ("question_id", "volume_id", "shape", "truth_grades", "truth_bbox", "reader", "item_hash")
-    for index, values in enumerate(zip(*(answers[name].to_list() for name in columns), strict=True)):
-        *content, stored = values
-        _check_truth(content[0], content[3], content[4], f"{place} row {index}")
-        if item_hash(*content) != stored:
-            raise RunError(
-                f"{place} row {index}: item_hash {stored} does not match the row's content; it was altered"
-            )
+    _check_truths(answers, place)
+    computed = pl.Series(_hashes(answers), dtype=pl.String)
+    for row in answers["item_hash"].ne_missing(computed).arg_true().head(1):
+        raise RunError(
+            f"{place} row {row}: item_hash {answers['item_hash'][row]} does not match the row's content; it was altered"
+        )
 
 
 def _check_questions(run: BenchRun, place: str) -> None:
@@ -370,7 +411,21 @@ def _check_questions(run: BenchRun, place: str) -> None:
             raise RunError(f"{place} row {row}: {kind} {question_id}; {remedy}")
 
 
-def _check_truth(question_id: int, truth_grades: str, bbox: list[int] | None, place: str) -> None:
+def _check_truths(answers: pl.DataFrame, place: str) -> None:
+    texts = answers.with_row_index("row").unique(
+        ["question_id", "truth_grades"], keep="first", maintain_order=True
+    )
+    for row, question_id, text in texts.select("row", "question_id", "truth_grades").iter_rows():
+        _check_grades(question_id, text, f"{place} row {row}")
+    box = pl.col("truth_bbox").list
+    pairs = [box.get(i, null_on_oob=True) <= box.get(i + 1, null_on_oob=True) for i in (0, 2, 4)]
+    sound = (box.len() == 6) & pl.all_horizontal(pairs).fill_null(False)
+    boxes = answers.with_row_index("row").filter(pl.col("truth_bbox").is_not_null() & ~sound)
+    for row, numbers in boxes.select("row", "truth_bbox").head(1).iter_rows():
+        raise RunError(f"{place} row {row}: truth_bbox {numbers} is not three ordered pairs")
+
+
+def _check_grades(question_id: int, truth_grades: str, place: str) -> None:
     question = QUESTIONS[question_id]
     spaces = {attribute.name: attribute.grades for attribute in question.attributes}
     try:
@@ -385,5 +440,3 @@ def _check_truth(question_id: int, truth_grades: str, bbox: list[int] | None, pl
         if type(grade) is not int or grade not in spaces[name]:
             space = f"{spaces[name].start}-{spaces[name].stop - 1}"
             raise RunError(f"{place}: true grade {grade!r} of {name!r} is outside {space}")
-    if bbox is not None and (len(bbox) != 6 or any(bbox[i] > bbox[i + 1] for i in (0, 2, 4))):
-        raise RunError(f"{place}: truth_bbox {bbox} is not three ordered pairs")

@@ -17,7 +17,7 @@ from scipy.stats import norm
 from scipy.stats import t as student_t
 
 from rewards.errors import ReasonKneeError
-from rl.bench.answers import BenchRun, RunMeta, settings_words
+from rl.bench.answers import HASHED, BenchRun, RunMeta, settings_words
 from rl.bench.endpoints import (
     MEASURES,
     OVERALL,
@@ -127,19 +127,8 @@ def check_same_items(a: BenchRun, b: BenchRun) -> None:
                     else ""
                 )
             )
-    columns = [
-        "example_id",
-        "question_id",
-        "volume_id",
-        "shape",
-        "truth_grades",
-        "truth_bbox",
-        "reader",
-        "item_hash",
-    ]
-    both = a.answers.select(columns).join(
-        b.answers.select(columns), on="example_id", how="full", suffix="_b", coalesce=False
-    )
+    ours, theirs = (run.answers.select("example_id", "item_hash") for run in (a, b))
+    both = ours.join(theirs, on="example_id", how="full", suffix="_b", coalesce=False)
     lone = both.filter(pl.col("example_id").is_null() | pl.col("example_id_b").is_null())
     if lone.height:
         items = [x or y for x, y in lone.select("example_id", "example_id_b").head(3).iter_rows()]
@@ -149,11 +138,14 @@ def check_same_items(a: BenchRun, b: BenchRun) -> None:
         )
     differing = both.filter(pl.col("item_hash") != pl.col("item_hash_b"))
     if differing.height:
-        row = differing.row(0, named=True)
-        fields = [c for c in columns[1:-1] if row[c] != row[f"{c}_b"]]
-        shown = "; ".join(f"{c}: {_short(row[c])} against {_short(row[f'{c}_b'])}" for c in fields)
+        item = differing["example_id"][0]
+        row_a, row_b = (
+            run.answers.row(by_predicate=pl.col("example_id") == item, named=True) for run in (a, b)
+        )
+        fields = [c for c in HASHED if row_a[c] != row_b[c]]
+        shown = "; ".join(f"{c}: {_short(row_a[c])} against {_short(row_b[c])}" for c in fields)
         raise CompareError(
-            f"runs {names}: {differing.height} items differ in what they are graded on, e.g. {row['example_id']}: "
+            f"runs {names}: {differing.height} items differ in what they are graded on, e.g. {item}: "
             f"{shown}; evaluate both on the same data"
         )
 
@@ -164,7 +156,7 @@ def compare_graded(a: Graded, b: Graded, settings: CompareConfig, seed: int = 0)
     Raises:
         CompareError: the items' hashes differ, or the primary endpoint is unknown.
     """
-    if a.items["item_hash"].sort().to_list() != b.items["item_hash"].sort().to_list():
+    if not a.items["item_hash"].sort().equals(b.items["item_hash"].sort()):
         raise CompareError(f"runs {a.meta.name!r} and {b.meta.name!r} were not graded on the same items")
     a, b = on_equal_terms(a, b)
     counts_a, counts_b = count(a.attributes, a.items), count(b.attributes, b.items)

@@ -90,28 +90,30 @@ def count(attributes: pl.DataFrame, items: pl.DataFrame) -> Counts:
     or ("strict",). Missing truths are left out here.
     """
     graded = attributes.filter(pl.col("truth").is_not_null())
-    keys = ["attribute_id", "truth", "table2_column", "category", "grade_space"]
+    facts = ["attribute_id", "truth", "table2_column", "category", "grade_space"]
     pieces = [
-        ("grade", keys, graded, "correct"),
+        ("grade", facts, graded, "correct"),
         ("iou", ["table3_column"], items.filter(pl.col("iou").is_not_null()), "iou"),
         ("strict", [], items, "strict"),
     ]
-    sums: dict[tuple[Any, ...], list[tuple[str, int, float]]] = {}
-    for kind, by, frame, value in pieces:
-        # maintain_order keeps the float sums, and so the tables, the same from run to run
-        grouped = frame.group_by(["patient_id", *by], maintain_order=True).agg(
+    # maintain_order keeps the float sums, and so the tables, the same from run to run
+    sums = [
+        frame.group_by("patient_id", pl.lit(kind).alias("kind"), *by, maintain_order=True).agg(
             pl.len().alias("n"), pl.col(value).cast(pl.Float64).sum().alias("s")
         )
-        for row in grouped.select("patient_id", "n", "s", *by).iter_rows():
-            sums.setdefault((kind, *row[3:]), []).append((row[0], row[1], row[2]))
-    patients = tuple(sorted(items["patient_id"].unique().to_list()))
-    cells = tuple(sorted(sums, key=repr))
-    index = {patient: i for i, patient in enumerate(patients)}
-    n, s = np.zeros((2, len(patients), len(cells)))
-    for c, cell in enumerate(cells):
-        for patient, observations, total in sums[cell]:
-            n[index[patient], c], s[index[patient], c] = observations, total
-    return Counts(patients, cells, n, s)
+        for kind, by, frame, value in pieces
+    ]
+    seen = [found.drop("patient_id", "n", "s").unique() for found in sums]
+    cells = tuple(sorted((cell for frame in seen for cell in frame.iter_rows()), key=repr))
+    place = {cell: c for c, cell in enumerate(cells)}
+    patients = items.select("patient_id").unique().sort("patient_id").with_row_index("patient")
+    n, s = np.zeros((2, patients.height, len(cells)))
+    for found, kinds in zip(sums, seen, strict=True):
+        numbered = kinds.with_columns(cell=pl.Series([place[k] for k in kinds.iter_rows()], dtype=pl.Int64()))
+        at = found.join(numbered, on=kinds.columns, nulls_equal=True).join(patients, on="patient_id")
+        index = at["patient"].to_numpy(), at["cell"].to_numpy()
+        n[index], s[index] = at["n"].to_numpy(), at["s"].to_numpy()
+    return Counts(tuple(patients["patient_id"]), cells, n, s)
 
 
 def endpoints(cells: Sequence[tuple[Any, ...]]) -> list[Endpoint]:

@@ -78,20 +78,27 @@ def by_attribute(attributes: pl.DataFrame) -> pl.DataFrame:
     known = attributes.filter(pl.col("truth").is_not_null())
     rows = []
     facts = list(_BY_ATTRIBUTE)[:_FACTS]
-    for key, frame in known.group_by(facts, maintain_order=True):
+    # what each true grade was answered with, and how often: the measures need no more of an attribute
+    answered_with = known.group_by([*facts, "truth", "predicted"], maintain_order=True).len()
+    for key, frame in answered_with.group_by(facts, maintain_order=True):
         row = dict(zip(facts, key, strict=True))
-        truth = frame["truth"].to_numpy()
+        truth, often = frame["truth"].to_numpy(), frame["len"].to_numpy()
         read = frame["predicted"].fill_null(UNREAD).to_numpy()
         row |= {
-            "n": len(truth),
-            "accuracy": float((truth == read).mean()),
-            "macro_f1": f1_score(truth, read, labels=np.unique(truth), average="macro", zero_division=0),
+            "n": int(often.sum()),
+            "accuracy": float(np.average(truth == read, weights=often)),
+            "macro_f1": f1_score(
+                truth, read, labels=np.unique(truth), average="macro", zero_division=0, sample_weight=often
+            ),
         }
         if row["scale"] == "ordinal":
             grades = grades_of(row["grade_space"])
             farthest = np.where(truth > grades[-1] / 2, grades[0], grades[-1])
             answered = np.where(read == UNREAD, farthest, read)
-            row |= {"kappa": _kappa(truth, answered, grades), "mae": float(np.abs(answered - truth).mean())}
+            row |= {
+                "kappa": _kappa(truth, answered, grades, often),
+                "mae": float(np.average(np.abs(answered - truth), weights=often)),
+            }
         rows.append(row)
     return pl.DataFrame(rows, schema=_BY_ATTRIBUTE)
 
@@ -140,10 +147,10 @@ def _structures(boxes: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
         yield structure, boxes.filter(pl.col("table3_column") == structure)
 
 
-def _kappa(truth: np.ndarray, answered: np.ndarray, grades: range) -> float | None:
+def _kappa(truth: np.ndarray, answered: np.ndarray, grades: range, often: np.ndarray) -> float | None:
     if len(np.unique([*truth, *answered])) == 1:
         return None
-    return float(cohen_kappa_score(truth, answered, labels=grades, weights="quadratic"))
+    return float(cohen_kappa_score(truth, answered, labels=grades, weights="quadratic", sample_weight=often))
 
 
 def _number(value: object) -> float | None:

@@ -11,36 +11,25 @@ region: an answer that gives back all it was shown has IoU 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import polars as pl
 
-from rewards.boxes import center_distance_mm, iou
+from rewards.boxes import Box3D, center_distance_mm, iou
 from rewards.functions import rule_violations
-from rewards.ontology import QUESTIONS
+from rewards.ontology import QUESTIONS, Question
 from rewards.reading import read_answer
-from rewards.types import Answer, Problem
-from rl.bench.answers import ERROR, MISSING, BenchRun, RunMeta, row_example
+from rewards.types import Answer, Example, Problem
+from rl.bench.answers import BATCH, ERROR, MISSING, BenchRun, RunMeta, examples_of, row_truth
 from rl.bench.endpoints import Cell, count, endpoints, grades_of, value
 from rl.bench.further import by_attribute, further_measures, recall_per_grade
 
-ATTRIBUTE_SCHEMA = {
-    "example_id": pl.String(),
-    "patient_id": pl.String(),
-    "attribute_id": pl.Int64(),
-    "truth": pl.Int64(),
-    "predicted": pl.Int64(),
-}
-ITEM_SCHEMA = {
-    "example_id": pl.String(),
-    "item_hash": pl.String(),
-    "patient_id": pl.String(),
-    "volume_id": pl.String(),
-    "question_id": pl.Int64(),
-    "finish_reason": pl.String(),
+ATTRIBUTE_SCORES = {"attribute_id": pl.Int64(), "truth": pl.Int64(), "predicted": pl.Int64()}
+ITEM_COLUMNS = ("example_id", "item_hash", "patient_id", "volume_id", "question_id", "finish_reason")
+ITEM_SCORES = {
     "iou": pl.Float64(),
     "distance_mm": pl.Float64(),
     "violates": pl.Boolean(),
@@ -63,10 +52,10 @@ class Graded:
     predicted (null: not read), correct (null where there is no truth), and by join question_id, attribute, scale,
     grade_space ("ordinal 0-3"), table2_column, category.
 
-    `items`, one row per item: `ITEM_SCHEMA` (iou is null without a true box, 0 without a predicted one; distance_mm,
-    of the centres, is null without either; violates, whether the grades break a rule of `rule_violations`, is null
-    when they were not read; all_correct is null without any true grade), and by join table2_column, category,
-    table3_column.
+    `items`, one row per item: `ITEM_COLUMNS` of its answer, `ITEM_SCORES` (iou is null without a true box, 0 without
+    a predicted one; distance_mm, of the centres, is null without either; violates, whether the grades break a rule of
+    `rule_violations`, is null when they were not read; all_correct is null without any true grade), and by join
+    table2_column, category, table3_column.
     """
 
     meta: RunMeta
@@ -113,29 +102,27 @@ class Tables:
         )
 
 
-def grade_run(run: BenchRun) -> Graded:
-    """Read and grade every answer of a run."""
-    attributes: dict[str, list[Any]] = {name: [] for name in ATTRIBUTE_SCHEMA}
-    items: dict[str, list[Any]] = {name: [] for name in ITEM_SCHEMA}
-    for row in run.answers.iter_rows(named=True):
-        _grade_row(row, run.meta, attributes, items)
-    attribute_frame = (
-        pl.DataFrame(attributes, schema=ATTRIBUTE_SCHEMA)
-        .with_columns(
-            correct=pl.when(pl.col("truth").is_not_null()).then(
-                pl.col("truth").eq_missing(pl.col("predicted"))
-            )
-        )
-        .join(attribute_facts(), on="attribute_id", how="left", maintain_order="left")
+def grade_run(run: BenchRun, batch: int = BATCH) -> Graded:
+    """Read and grade every answer of a run.
+
+    Args:
+        run: the run.
+        batch: answers that are Python objects at once; any number gives the same result.
+    """
+    parts = [_grade_batch(answers, run.meta) for answers in run.answers.iter_slices(batch)]
+    attributes, items = (pl.concat(frames, rechunk=True) for frames in zip(*parts, strict=True))
+    facts = attribute_facts()
+    columns = facts.unique("question_id", maintain_order=True).select(
+        "question_id", "table2_column", "category", "table3_column"
     )
-    facts = attribute_facts().unique("question_id", maintain_order=True)
-    item_frame = pl.DataFrame(items, schema=ITEM_SCHEMA).join(
-        facts.select("question_id", "table2_column", "category", "table3_column"),
-        on="question_id",
-        how="left",
-        maintain_order="left",
+    known = pl.col("truth").is_not_null()
+    return Graded(
+        run.meta,
+        attributes.with_columns(
+            correct=pl.when(known).then(pl.col("truth").eq_missing(pl.col("predicted")))
+        ).join(facts, on="attribute_id", how="left", maintain_order="left"),
+        items.join(columns, on="question_id", how="left", maintain_order="left"),
     )
-    return Graded(run.meta, attribute_frame, item_frame)
 
 
 @cache
@@ -226,56 +213,69 @@ def grade_histogram(graded: Graded) -> pl.DataFrame:
 
 
 def read_row(row: Mapping[str, Any], meta: RunMeta) -> Answer:
-    """The answer of a row as it is graded: read in the run's mode, its box in the file's grid.
+    """The answer of a row of `answers.parquet` as it is graded."""
+    return _read(row["completion"], QUESTIONS[row["question_id"]], row["shape"], row_truth(row).bbox, meta)
+
+
+def _read(
+    text: str, question: Question, shape: Sequence[int], true_box: Box3D | None, meta: RunMeta
+) -> Answer:
+    """The answer in the run's mode, its box in the file's grid.
 
     Boxes of a run that was shown true regions are counted from the lowest corner of the region, and moved.
     """
-    example = row_example(row)
-    region = example.truth.bbox if meta.box_given else None
-    shape = region.extents if region else example.volume.shape
-    answer = read_answer(
-        row["completion"], example.question, mode=meta.reader, reasoning=meta.reasoning, shape=shape
-    )
+    region = true_box if meta.box_given else None
+    slices, x, y = region.extents if region else shape
+    answer = read_answer(text, question, mode=meta.reader, reasoning=meta.reasoning, shape=(slices, x, y))
     if region is None or answer.bbox is None:
         return answer
     return replace(answer, bbox=answer.bbox.shifted(*region.to_corners()[0]))
 
 
-def _grade_row(
-    row: Mapping[str, Any], meta: RunMeta, attributes: dict[str, list[Any]], items: dict[str, list[Any]]
-) -> None:
-    example = row_example(row)
-    question, truth, answer = example.question, example.truth, read_row(row, meta)
-    for index, attribute in enumerate(question.attributes):
-        attributes["example_id"].append(row["example_id"])
-        attributes["patient_id"].append(row["patient_id"])
-        attributes["attribute_id"].append(attribute_id(question.question_id, index))
-        attributes["truth"].append(truth.grades.get(attribute.name))
-        attributes["predicted"].append(answer.grades.get(attribute.name))
-    overlap, distance = None, None
-    if truth.bbox is not None and answer.bbox is not None:
-        overlap = iou(answer.bbox, truth.bbox)
-        distance = center_distance_mm(answer.bbox, truth.bbox, example.volume.spacing_mm)
-    elif truth.bbox is not None:
-        overlap = 0.0
+def _grade_batch(answers: pl.DataFrame, meta: RunMeta) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The rows of these answers in `Graded.attributes` and in `Graded.items`, without what comes by join."""
+    rows, attributes, items = [], [], []
+    # nothing but numbers and words outlives its turn: the garbage collector would walk through it again and again
+    for row, (text, example) in enumerate(zip(answers["completion"], examples_of(answers), strict=True)):
+        question, truth = example.question, example.truth.grades
+        answer = _read(text, question, example.volume.shape, example.truth.bbox, meta)
+        items.append(_score(answer, example))
+        for index, attribute in enumerate(question.attributes):
+            name = attribute.name
+            rows.append(row)
+            attributes.append(
+                (attribute_id(question.question_id, index), truth.get(name), answer.grades.get(name))
+            )
+    return (
+        answers.select("example_id", "patient_id")[rows].hstack(_columns(attributes, ATTRIBUTE_SCORES)),
+        answers.select(ITEM_COLUMNS).hstack(_columns(items, ITEM_SCORES)),
+    )
+
+
+def _columns(rows: Iterable[tuple[Any, ...]], schema: Mapping[str, pl.DataType]) -> pl.DataFrame:
+    return pl.DataFrame(dict(zip(schema, zip(*rows, strict=True), strict=True)), schema=schema)
+
+
+def _score(answer: Answer, example: Example) -> tuple[Any, ...]:
+    """What `ITEM_SCORES` names."""
+    box, truth = answer.bbox, example.truth
+    overlap, distance = None if truth.bbox is None else 0.0, None
+    if box is not None and truth.bbox is not None:
+        overlap = iou(box, truth.bbox)
+        distance = center_distance_mm(box, truth.bbox, example.volume.spacing_mm)
     grades_read = answer.grades_problem is Problem.NONE
-    graded = {
-        **{name: row[name] for name in row.keys() & items.keys()},
-        "iou": overlap,
-        "distance_mm": distance,
-        "violates": rule_violations(answer, question, example) > 0 if grades_read else None,
-        "box_read": answer.bbox is not None,
-        "grades_read": len(answer.grades) == len(question.attributes),
-        "strict": answer.strict,
-        "all_correct": all(answer.grades.get(k) == v for k, v in truth.grades.items())
-        if truth.grades
-        else None,
-        "format_problem": answer.format_problem.value,
-        "grades_problem": answer.grades_problem.value,
-        "bbox_problem": answer.bbox_problem.value,
-    }
-    for name, values in items.items():
-        values.append(graded[name])
+    return (
+        overlap,
+        distance,
+        rule_violations(answer, example.question, example) > 0 if grades_read else None,
+        box is not None,
+        len(answer.grades) == len(example.question.attributes),
+        answer.strict,
+        truth.grades.items() <= answer.grades.items() if truth.grades else None,
+        answer.format_problem.value,
+        answer.grades_problem.value,
+        answer.bbox_problem.value,
+    )
 
 
 def _tally(graded: Graded) -> dict[str, int]:

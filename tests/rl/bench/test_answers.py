@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 
 import polars as pl
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rl.bench.answers import SCHEMA, AnswerRow, RunError, answer_row, item_hash, make_run, read_run, write_run
+from rewards.types import Truth
+from rl.bench.answers import (
+    SCHEMA,
+    AnswerRow,
+    RunError,
+    answer_row,
+    examples_of,
+    item_hash,
+    make_run,
+    read_run,
+    write_run,
+)
 
 
 def rows_of(run):
@@ -126,6 +140,21 @@ def test_the_hash_depends_on_question_volume_truth_and_reader_and_not_on_the_ans
     ]
     assert len({item_hash(*content) for content in [base, *others]}) == 7
     assert run.answers["item_hash"].n_unique() == 6
+
+
+@settings(max_examples=50)
+@given(st.integers(), st.text(), st.lists(st.integers()), st.none() | st.lists(st.integers()))
+def test_the_hash_is_that_of_the_content_as_json(question_id, text, shape, box):
+    content = json.dumps([question_id, text, shape, text[::-1], box, "strict"], ensure_ascii=False)
+    wanted = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    assert item_hash(question_id, text, shape, text[::-1], box, "strict") == wanted
+
+
+def test_examples_come_back_from_their_rows(examples, meta):
+    asked = examples(2, [1, 42])
+    asked[1] = dataclasses.replace(asked[1], truth=Truth({}, None))
+    rows = [answer_row(example, "", "stop", "strict") for example in asked]
+    assert list(examples_of(make_run(rows, meta("x")).answers)) == asked
 
 
 def test_the_question_set_is_said_in_words(meta):

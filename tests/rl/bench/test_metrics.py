@@ -89,6 +89,14 @@ def test_boxes_and_grades_score_as_in_the_reward(examples, answered):
         assert moaks_accuracy(answer, truth, QUESTIONS[row["question_id"]]) == pytest.approx(share)
 
 
+@pytest.mark.parametrize("batch", [1, 7, 10_000])
+def test_grading_in_batches_gives_what_grading_at_once_gives(examples, answered, batch):
+    run = answered(examples(3, [1, 16, 42, 48]), "SFT", 0.6, broken=0.2)
+    whole, parts = grade_run(run, batch=run.meta.n), grade_run(run, batch=batch)
+    assert parts.items.equals(whole.items)
+    assert parts.attributes.equals(whole.attributes)
+
+
 def one_item_run(meta, example, completion, reader="strict", finish_reason="stop"):
     run_meta = dataclasses.replace(meta("x"), reader=reader)
     return make_run([answer_row(example, completion, finish_reason, reader)], run_meta)
