@@ -24,8 +24,9 @@ from copy import deepcopy
 from pathlib import Path
 
 from rl.bench.answers import BenchRun, read_run
-from rl.bench.compare import Comparison, Difference, compare, outcome, seed_summary, signed
+from rl.bench.compare import Comparison, Difference, compare, outcome, signed
 from rl.bench.metrics import grade_run, tables
+from rl.bench.seeds import seed_summary
 from rl.config import Config, load_config
 from rl.config_check import validate
 from rl.controls import BEST_OF_G, SFT_CONTINUED, continue_sft, grpo_seconds, train_on_best_of_g
@@ -200,7 +201,9 @@ def _over_seeds(comparisons: Mapping[tuple[int, str, str], Comparison]) -> list[
             for s in summaries:
                 if (s.measure, s.column) == (measure, "Overall"):
                     interval = (
-                        f"{signed(s.interval.low)} to {signed(s.interval.high)}" if s.interval else "one seed"
+                        f"{signed(s.interval.low)} to {signed(s.interval.high)}"
+                        if s.interval
+                        else "too few seeds"
                     )
                     seeds = ", ".join(signed(x) for x in s.differences)
                     rows.append(f"| {b} − {a} | {words} | {signed(s.mean)} | {interval} | {seeds} |")

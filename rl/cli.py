@@ -19,7 +19,7 @@ import typer.core
 from rich.console import Console
 from rich.table import Table
 
-from rl.cli_options import DEFAULT_CONFIG, Overrides
+from rl.cli_options import DEFAULT_CONFIG, OVERRIDE, Overrides
 from rl.one_install import shadowing
 from rl.progress import clock
 from rl.quiet import quiet_libraries
@@ -185,15 +185,31 @@ def compare(
     a: Annotated[
         str,
         typer.Argument(
-            metavar="A", help="SFT, GRPO, base, baseline, an imported run, or the folder of a run."
+            metavar="A",
+            help="The reference: SFT, GRPO, base, baseline, an imported run, or the folder of a run; several, one for "
+            "each training seed, with commas between them.",
         ),
     ],
-    b: Annotated[str, typer.Argument(metavar="B", help="The run that is compared with it.")],
+    b: Annotated[
+        str, typer.Argument(metavar="B", help="What is compared with it; as many runs, in the same order.")
+    ],
+    rest: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[C ...] [key=value ...]",
+            help="More arms to compare with A, and settings of the recipe to override.",
+        ),
+    ] = None,
     config: ConfigFile = DEFAULT_CONFIG,
-    overrides: Overrides = None,
 ) -> None:
-    """Paired differences of B against A with patient-level intervals, a verdict in words, and report.html."""
-    _stage("compare", config, overrides, compared=(a, b))
+    """Paired differences of B (and C ...) against A with patient-level intervals, a verdict in words, and report.html.
+
+    Of three training seeds or more (`compare s0/SFT,s1/SFT,s2/SFT s0/GRPO,s1/GRPO,s2/GRPO`) also what the method did:
+    the mean of the differences with a t interval over seeds.
+    """
+    overrides = [word for word in rest or [] if OVERRIDE.match(word)]
+    further = [word for word in rest or [] if not OVERRIDE.match(word)]
+    _stage("compare", config, overrides, compared=(a, b, *further))
 
 
 @app.command()
@@ -242,9 +258,9 @@ def _stage(
     config: Path,
     overrides: list[str] | None,
     again: bool = False,
-    compared: tuple[str, str] | None = None,
+    compared: tuple[str, ...] = (),
 ) -> Config:
-    """Run one stage; `compared` names the two runs of `compare`."""
+    """Run one stage; `compared` names the arms of `compare`."""
     loaded = _load(config, overrides, needs_model=name != "phantom")
     from rl.stages import comparison_of, run_stage, stage_of
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from rl.base.train import train_base
-from rl.bench.answers import BenchRun, read_run, reread
-from rl.bench.compare import check_same_items, compare, verdict
+from rl.bench.answers import BenchRun, read_run
+from rl.bench.arms import Arm, compare_arms, pairs_of, verdicts
+from rl.bench.console import print_headlines
+from rl.bench.metrics import grade_run
 from rl.bench.report import write_report
-from rl.choices import reader_of
+from rl.compared import own_folders, runs_to_compare
 from rl.config import Config, ConfigError
 from rl.config_check import OWN_RUNS
 from rl.data.boxes import parse_convention
@@ -27,7 +29,7 @@ from rl.engine import start_engine
 from rl.environment import pick_device
 from rl.evaluate import evaluate, evaluate_baselines, is_current
 from rl.grpo import train_grpo
-from rl.imported import Imported, import_results, imported_folder
+from rl.imported import Imported, import_results
 from rl.model import resolve_model
 from rl.progress import StageProgress
 from rl.sft import train_sft
@@ -188,11 +190,7 @@ def run_served(config: Config, progress: StageProgress) -> str:
 
 def read_runs(config: Config) -> dict[str, BenchRun]:
     """The runs that `eval` makes with this configuration, as far as they exist; baselines first."""
-    if config.engine.kind == "openai":
-        folder = served_folder(config)
-        return {folder.name: read_run(folder)}
-    folders = [eval_folder(config, name) for name in OWN_RUNS]
-    return {folder.name: read_run(folder) for folder in folders if (folder / "run.json").exists()}
+    return {name: read_run(folder) for name, folder in own_folders(config).items()}
 
 
 def run_import(config: Config, name: str, paths: Sequence[Path]) -> Imported:
@@ -206,45 +204,30 @@ def run_import(config: Config, name: str, paths: Sequence[Path]) -> Imported:
     return import_results(config, name, paths)
 
 
-def run_compare(config: Config, progress: StageProgress, a: str = SFT, b: str = GRPO) -> str:
-    """Paired comparison of two runs, verdict and report.
+def run_compare(config: Config, progress: StageProgress, *words: str) -> str:
+    """Paired comparison of every further arm with the first, verdict and report.
 
     Args:
-        a, b: names of runs of this folder, those of served models and imported ones included, or other folders.
+        words: the arms, each a run or several separated by commas (`rl.compared`).
+
     Raises:
-        ConfigError: there is no such run.
-        CompareError: the runs are not on the same items, or were recorded for different readers. With
-            `rewards.reader=tolerant` all are read so, however they were recorded.
+        ConfigError, CompareError: see `runs_to_compare`.
     """
-    runs = read_runs(config)
-    for name in (a, b):
-        if name not in runs:
-            runs[name] = read_run(_folder_of_other_run(config, name, list(runs)))
-    if reader_of(config) == "tolerant":
-        runs = {name: reread(run, "tolerant") for name, run in runs.items()}
-    for run in runs.values():
-        check_same_items(runs[a], run)
+    compared = runs_to_compare(config, words)
+    graded = {label: grade_run(run) for label, run in compared.runs.items()}
+    arms = [Arm(name, tuple(graded[label] for label in labels)) for name, labels in compared.arms.items()]
     progress.log(f"resampling patients {config.compare.bootstrap_draws:,} times")
-    result = compare(runs[a], runs[b], config.compare, config.seed)
+    comparisons = compare_arms(arms, config.compare, config.seed)
     metrics = Path(config.run_dir) / "grpo" / "metrics.jsonl"
     report = write_report(
         Path(config.run_dir),
-        runs,
-        result,
+        compared.runs,
+        graded,
+        comparisons,
         metrics if metrics.exists() else None,
         parse_convention(config.data.box_convention).axes,
     )
-    return f"{verdict(result)}\nreport and tables in {report}"
-
-
-def _folder_of_other_run(config: Config, name: str, known: Sequence[str]) -> Path:
-    run_dir = Path(config.run_dir)
-    of_eval = [run_dir / kind / name for kind in ("eval", "settings", "served")]
-    for folder in (*of_eval, imported_folder(config, name), Path(name)):
-        if (folder / "run.json").exists():
-            return folder
-    others = f"use one of {', '.join(known)}" if known else "run `reasonknee eval` first"
-    raise ConfigError(
-        f"no run {name!r}: {others}, or name one of another setting (as GRPO-none is), a served model, an imported "
-        "run or a folder that holds a run.json"
-    )
+    if len(pairs_of(comparisons)) > 1:
+        print_headlines(comparisons, progress.console)
+    paragraphs = "\n\n".join(verdicts(comparisons))
+    return f"{paragraphs}\nreport and tables in {report}"

@@ -323,15 +323,15 @@ def stage_of(config: Config, name: str) -> Stage:
     )
 
 
-def comparison_of(a: str, b: str) -> Stage:
-    """The comparison of two runs, by their names in the benchmark or by their folders."""
+def comparison_of(*arms: str) -> Stage:
+    """The comparison of these arms, given as `reasonknee compare` takes them; the first is the reference."""
 
     def what_it_reads(config: Config) -> Inputs:
-        chosen = {"runs": [a, b], **inputs.settings(config, "seed", "compare", "rewards.reader")}
+        chosen = {"runs": list(arms), **inputs.settings(config, "seed", "compare", "rewards.reader")}
         return Inputs(chosen, inputs.run_files(_in_run("eval", "settings", "served", "imported")(config)))
 
     def run(config: Config, progress: StageProgress) -> str | None:
-        return _function("compare")(config, progress, a, b)
+        return _function("compare")(config, progress, *arms)
 
     results = _in_run("report.html", "results.json")
     return Stage("compare", "comparison", what_it_reads, results, looks_itself=True, run=run)

@@ -2,19 +2,17 @@
 
 Differences are B minus A. The unit is the patient: visits and questions of one patient are no independent evidence.
 An interval over patients speaks about this pair of checkpoints; a claim about the method needs several training
-seeds (`seed_summary`, t interval over seeds).
+seeds (`rl.bench.seeds`, t interval over seeds).
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 from scipy.stats import norm
-from scipy.stats import t as student_t
 
 from rewards.errors import ReasonKneeError
 from rl.bench.answers import HASHED, BenchRun, RunMeta, settings_words
@@ -69,7 +67,7 @@ class Difference:
     p_value: float
     """Patient-level sign-flip test, two-sided, not corrected for the number of columns."""
     p_holm: float
-    """The same corrected by Holm's method over the columns of its measure; Overall stands alone."""
+    """The same corrected by Holm's method over all that was compared at once (`holm_by_measure`)."""
     n: int
     """Observations: graded attributes, or items."""
     n_patients: int
@@ -167,10 +165,13 @@ def compare_graded(a: Graded, b: Graded, settings: CompareConfig, seed: int = 0)
             "measure/column of a column that is not empty (IoU is, where a run was shown the true region)"
         )
     resampled = resample(counts_a.n, counts_b.s - counts_a.s, observed, settings.bootstrap_draws, seed)
-    corrected = _holm_over_columns(observed, [r.p_value for r in resampled])
+    p_values = {(e.measure, e.column): r.p_value for e, r in zip(observed, resampled, strict=True)}
+    corrected = holm_by_measure([p_values])[0]
     differences = tuple(
-        _difference(e, counts_a.n, counts_a.s, counts_b.s, r, p_holm, settings.confidence)
-        for e, r, p_holm in zip(observed, resampled, corrected, strict=True)
+        _difference(
+            e, counts_a.n, counts_a.s, counts_b.s, r, corrected[e.measure, e.column], settings.confidence
+        )
+        for e, r in zip(observed, resampled, strict=True)
     )
     return Comparison(
         a=a.meta,
@@ -194,20 +195,35 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _holm_over_columns(observed: Sequence[Endpoint], p_values: Sequence[float]) -> list[float]:
-    """One family per measure; a category that is a column of Table 2 by another name is not counted twice."""
-    adjusted: dict[tuple[str, str], float] = {}
-    for measure in MEASURES:
-        family = {
-            e.column: p
-            for e, p in zip(observed, p_values, strict=True)
-            if e.measure == measure and e.column not in (OVERALL, *SAME_COLUMNS)
-        }
-        corrected = zip(family, holm(list(family.values())), strict=True)
-        adjusted |= {(measure, column): p for column, p in corrected}
+def holm_by_measure(
+    comparisons: Sequence[Mapping[tuple[str, str], float]],
+) -> list[dict[tuple[str, str], float]]:
+    """Holm's correction over all that is tested at once.
+
+    A family is one measure: its columns, in every comparison given. Overall stands apart, in a family of its own: the
+    Overall of that measure in every comparison, so that with a single comparison it is not corrected. A category
+    that is a column of Table 2 by another name is the same test and is not counted twice.
+
+    Args:
+        comparisons: for each, (measure, column) -> p-value.
+
+    Returns:
+        The same with corrected p-values.
+    """
+    families: dict[tuple[str, bool], list[tuple[int, tuple[str, str]]]] = {}
+    for index, p_values in enumerate(comparisons):
+        for measure, column in p_values:
+            if column not in SAME_COLUMNS:
+                family = families.setdefault((measure, column == OVERALL), [])
+                family.append((index, (measure, column)))
+    corrected: list[dict[tuple[str, str], float]] = [{} for _ in comparisons]
+    for family in families.values():
+        adjusted = holm([comparisons[index][key] for index, key in family])
+        for (index, key), p in zip(family, adjusted, strict=True):
+            corrected[index][key] = p
     return [
-        p if e.column == OVERALL else adjusted[e.measure, SAME_COLUMNS.get(e.column, e.column)]
-        for e, p in zip(observed, p_values, strict=True)
+        {(measure, column): found[measure, SAME_COLUMNS.get(column, column)] for measure, column in p_values}
+        for p_values, found in zip(comparisons, corrected, strict=True)
     ]
 
 
@@ -259,31 +275,52 @@ def detectable(difference: Difference, patients: int, confidence: float) -> floa
 
 def outcome(difference: Difference) -> str:
     """`won`, `lost` or `no difference shown`, from B's side, by whether the interval excludes 0."""
-    if difference.interval.low > 0:
+    return outcome_of(difference.interval)
+
+
+def outcome_of(interval: Interval) -> str:
+    """`outcome` of a difference with this interval."""
+    if interval.low > 0:
         return "won"
-    return "lost" if difference.interval.high < 0 else "no difference shown"
+    return "lost" if interval.high < 0 else "no difference shown"
 
 
 def verdict(comparison: Comparison) -> str:
     """One plain paragraph: who won on balanced accuracy and on mean IoU, apart, and what that rests on."""
-    a, b = comparison.a, comparison.b
-    sentences = [
-        f"{b.name} against {a.name}, {comparison.n_items:,} items of {comparison.n_patients:,} patients "
-        f"({b.split_file}{_quick(b)}, {b.question_set}, {b.reader} reader; {_decodings(a, b)}; "
-        f"{settings_words({b.name: b, a.name: a})})."
-    ]
-    if a.setting_words != b.setting_words:
-        sentences.append("They differ in what was shown or asked, so the differences are the setting's too.")
-    for index, key in enumerate(primary_and_usual(comparison)):
-        mark = "" if index else " (the primary endpoint, declared in the config)"
-        sentences.append(_sentence(comparison, *key, mark))
-    sentences.append(
-        f"The intervals resample patients (bootstrap-t, {comparison.draws:,} draws): they say how this pair of "
-        "checkpoints would differ on other patients, and nothing about another training seed."
+    return " ".join(
+        [
+            f"{comparison.b.name} against {comparison.a.name}, {terms(comparison)}.",
+            *different_settings(comparison),
+            *(_sentence(comparison, *key) for key in primary_and_usual(comparison)),
+            f"The intervals resample patients (bootstrap-t, {comparison.draws:,} draws): they say how this pair of "
+            "checkpoints would differ on other patients, and nothing about another training seed.",
+            *too_few_patients(comparison),
+        ]
     )
-    if comparison.n_patients < PATIENTS_FOR_A_CLAIM:
-        sentences.append(f"With {comparison.n_patients} patients nothing here should be taken as shown.")
-    return " ".join(sentences)
+
+
+def terms(comparison: Comparison) -> str:
+    """What both runs answered, and how: items, patients, test file, question set, reader, decoding, setting."""
+    a, b = comparison.a, comparison.b
+    return (
+        f"{comparison.n_items:,} items of {comparison.n_patients:,} patients "
+        f"({b.split_file}{_quick(b)}, {b.question_set}, {b.reader} reader; {_decodings(a, b)}; "
+        f"{settings_words({b.name: b, a.name: a})})"
+    )
+
+
+def different_settings(comparison: Comparison) -> list[str]:
+    """A warning, where the runs were shown or asked different things."""
+    if comparison.a.setting_words == comparison.b.setting_words:
+        return []
+    return ["They differ in what was shown or asked, so the differences are the setting's too."]
+
+
+def too_few_patients(comparison: Comparison) -> list[str]:
+    """A warning, where it is due."""
+    if comparison.n_patients >= PATIENTS_FOR_A_CLAIM:
+        return []
+    return [f"With {comparison.n_patients} patients nothing here should be taken as shown."]
 
 
 def primary_and_usual(comparison: Comparison) -> list[tuple[str, str]]:
@@ -302,20 +339,36 @@ MEASURE_NAMES: Mapping[str, str] = {
 }
 
 
-def _sentence(comparison: Comparison, measure: str, column: str, mark: str) -> str:
+def endpoint_words(comparison: Comparison, measure: str, column: str) -> str:
+    """`Mean IoU of Femur`, and whether it is the primary endpoint."""
     where = "" if column == OVERALL else f" of {column}"
+    primary = (measure, column) == parse_endpoint(comparison.primary_endpoint)
+    mark = " (the primary endpoint, declared in the config)" if primary else ""
+    return f"{MEASURE_NAMES[measure]}{where}{mark}"
+
+
+def why_empty(comparison: Comparison) -> str:
+    """Why an endpoint has no difference."""
+    if comparison.a.box_given or comparison.b.box_given:
+        return "not comparable, the true box was given"
+    return "nothing to compare, the column is empty"
+
+
+def _sentence(comparison: Comparison, measure: str, column: str) -> str:
+    words = endpoint_words(comparison, measure, column)
     difference = comparison.get(measure, column)
     if difference is None:
-        given = comparison.a.box_given or comparison.b.box_given
-        why = "not comparable, the true box was given" if given else "nothing to compare, the column is empty"
-        return f"{MEASURE_NAMES[measure]}{where}{mark}: {why}."
-    result = outcome(difference)
-    words = {"won": f"{comparison.b.name} won", "lost": f"{comparison.b.name} lost"}.get(result, result)
+        return f"{words}: {why_empty(comparison)}."
     return (
-        f"{MEASURE_NAMES[measure]}{where}{mark}: {words}, {difference.b:.3f} against {difference.a:.3f}, difference "
-        f"{signed(difference.difference)} ({comparison.confidence:.0%} interval {signed(difference.interval.low)} to "
-        f"{signed(difference.interval.high)})."
+        f"{words}: {who(comparison.b.name, outcome(difference))}, {difference.b:.3f} against {difference.a:.3f}, "
+        f"difference {signed(difference.difference)} ({comparison.confidence:.0%} interval "
+        f"{signed(difference.interval.low)} to {signed(difference.interval.high)})."
     )
+
+
+def who(name: str, result: str) -> str:
+    """`GRPO won`, `GRPO lost`, or that no difference was shown."""
+    return f"{name} {result}" if result in ("won", "lost") else result
 
 
 def signed(number: float) -> str:
@@ -337,53 +390,3 @@ def _decodings(a: RunMeta, b: RunMeta) -> str:
 def _short(content: object) -> str:
     text = repr(content)
     return text if len(text) <= 200 else f"{text[:200]}…"
-
-
-@dataclass(frozen=True, slots=True)
-class SeedSummary:
-    """An endpoint's difference over training seeds. The interval is None for a single seed."""
-
-    measure: str
-    column: str
-    differences: tuple[float, ...]
-    mean: float
-    sd: float | None
-    interval: Interval | None
-    """Student t over seeds, df = seeds - 1."""
-
-
-def seed_summary(comparisons: Sequence[Comparison]) -> list[SeedSummary]:
-    """Differences over several seeds of the same two arms: the unit for a claim about the method.
-
-    Endpoints that are empty in any comparison are left out.
-
-    Raises:
-        CompareError: no comparisons, or comparisons of different test files, readers, confidences or settings.
-    """
-    if not comparisons:
-        raise CompareError("seed_summary needs at least one comparison")
-    settings = {
-        (c.b.split_file, c.b.reader, c.b.question_ids, c.confidence, c.a.setting_words, c.b.setting_words)
-        for c in comparisons
-    }
-    if len(settings) > 1:
-        raise CompareError(
-            f"comparisons differ in test file, reader, question set, confidence or setting: {_short(settings)}"
-        )
-    summaries = []
-    for first in comparisons[0].differences:
-        found = [c.get(first.measure, first.column) for c in comparisons]
-        values = tuple(d.difference for d in found if d is not None)
-        if len(values) == len(comparisons):
-            summaries.append(_summarise(first, values, comparisons[0].confidence))
-    return summaries
-
-
-def _summarise(endpoint: Difference, values: tuple[float, ...], confidence: float) -> SeedSummary:
-    mean = statistics.fmean(values)
-    sd, interval = None, None
-    if len(values) > 1:
-        sd = statistics.stdev(values)
-        half = float(student_t.ppf((1 + confidence) / 2, len(values) - 1)) * sd / len(values) ** 0.5
-        interval = Interval(mean - half, mean + half)
-    return SeedSummary(endpoint.measure, endpoint.column, values, mean, sd, interval)

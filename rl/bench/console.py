@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rl.bench.compare import Comparison, verdict
+from rl.bench.arms import ArmComparison
+from rl.bench.differences import headline_table
 from rl.bench.metrics import Tables
-from rl.bench.views import TableView, all_views, differences_table
+from rl.bench.views import TableView, all_views
 
 _STYLES = {"published": "dim", "count": "dim", "baseline": "italic"}
 
@@ -24,11 +25,9 @@ def print_tables(by_run: Mapping[str, Tables], console: Console | None = None) -
         console.print(Text(f"{name} ({tables.meta.decoding_words}): {tables.failures}."))
 
 
-def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """Print the verdict, then every difference."""
-    console = console or Console()
-    console.print(Text(verdict(comparison), style="bold"))
-    _print_view(differences_table(comparison), console)
+def print_headlines(comparisons: Sequence[ArmComparison], console: Console | None = None) -> None:
+    """Print the endpoints that the verdict is about, for every pair of runs and over seeds."""
+    _print_view(headline_table(comparisons), console or Console())
 
 
 def _print_view(view: TableView, console: Console) -> None:

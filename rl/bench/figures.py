@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rewards.errors import ReasonKneeError
-from rl.bench.compare import MEASURE_NAMES, Comparison, Difference, outcome
+from rl.bench.arms import ArmComparison
+from rl.bench.compare import MEASURE_NAMES, outcome_of
+from rl.bench.differences import shown_endpoints
 from rl.bench.endpoints import TABLE3_COLUMNS, grades_of
-from rl.bench.views import shown_differences
 
 TRUTH, ARM_A, ARM_B = "#009e73", "#e69f00", "#0072b2"
 """Okabe-Ito colours, told apart with any colour vision; the template's style sheet repeats them."""
@@ -104,31 +106,32 @@ def reward_curves(metrics: Sequence[Mapping[str, Any]]) -> str | None:
     return _svg(draw, 9, 2.0 * math.ceil(len(shown) / 3))
 
 
-def forest_plot(comparison: Comparison) -> str:
-    """Differences with their intervals, one row each, grouped by measure."""
-    differences = shown_differences(comparison)
+def forest_plot(comparisons: Sequence[ArmComparison]) -> str:
+    """Differences with their intervals, grouped by measure: a panel for each further arm, a row for each endpoint.
+
+    Circles are pairs of runs with their interval over patients; a diamond is the mean over seeds, with its interval
+    where there is one.
+    """
+    endpoints = shown_endpoints(comparisons[0].pairs[0])
+    gaps = np.cumsum([0.0, *(0.8 * (a[0] != b[0]) for a, b in pairwise(endpoints))])
+    places = np.arange(len(endpoints)) + gaps
 
     def draw(figure: Figure) -> None:
-        axes = figure.add_subplot()
-        axes.axvline(0, color="black", linewidth=0.8)
-        labels, places, place = [], [], 0.0
-        for index, d in enumerate(differences):
-            if index and d.measure != differences[index - 1].measure:
-                place += 0.8
-            _forest_row(axes, d, place)
-            labels.append(f"{MEASURE_NAMES[d.measure]}, {d.column}")
-            places.append(place)
-            place += 1
-        axes.set_yticks(places, labels)
-        axes.set_ylim(place - 0.3, -0.7)
-        axes.grid(axis="x", alpha=0.25)
-        axes.spines["left"].set_visible(False)
-        axes.tick_params(axis="y", length=0)
-        axes.set_xlabel(
-            f"{comparison.b.name} minus {comparison.a.name}, {comparison.confidence:.0%} interval over patients"
-        )
+        panels = figure.subplots(1, len(comparisons), sharey=True, squeeze=False)[0]
+        for axes, arm in zip(panels, comparisons, strict=True):
+            axes.axvline(0, color="black", linewidth=0.8)
+            for endpoint, place in zip(endpoints, places, strict=True):
+                _forest_row(axes, arm, endpoint, place)
+            axes.grid(axis="x", alpha=0.25)
+            axes.spines["left"].set_visible(False)
+            axes.tick_params(axis="y", length=0)
+            over = "patients" if len(arm.pairs) == 1 else "patients (circles) and seeds (diamonds)"
+            axes.set_xlabel(f"{arm.b} minus {arm.a}, {arm.pairs[0].confidence:.0%} interval over {over}")
+        panels[0].set_yticks(places, [f"{MEASURE_NAMES[measure]}, {column}" for measure, column in endpoints])
+        panels[0].set_ylim(places[-1] + 0.7, -0.7)
 
-    return _svg(draw, 8, 0.6 + 0.24 * len(differences))
+    lines = 1 + 0.4 * (len(comparisons[0].pairs) - 1)
+    return _svg(draw, 4 + 4 * len(comparisons), 0.6 + 0.24 * lines * len(endpoints))
 
 
 def grade_histograms(histograms: Mapping[str, pl.DataFrame]) -> str:
@@ -259,12 +262,20 @@ def _histogram_panel(
     return handles
 
 
-def _forest_row(axes: Axes, d: Difference, place: float) -> None:
-    colour = _OUTCOME_COLOURS[outcome(d)]
-    axes.plot(
-        [d.interval.low, d.interval.high], [place, place], color=colour, linewidth=1.8, solid_capstyle="butt"
-    )
-    axes.plot([d.difference], [place], marker="o", color=colour, markersize=4.5)
+def _forest_row(axes: Axes, arm: ArmComparison, endpoint: tuple[str, str], place: float) -> None:
+    found = [pair.get(*endpoint) for pair in arm.pairs]
+    summary = arm.over(*endpoint)
+    lines = [(d.difference, d.interval, "o") for d in found if d is not None]
+    if summary is not None:
+        lines.append((summary.mean, summary.interval, "D"))
+    for index, (difference, interval, marker) in enumerate(lines):
+        y = place + 0.8 * ((index + 0.5) / len(lines) - 0.5)
+        colour = _OUTCOME_COLOURS[outcome_of(interval)] if interval else GREY
+        if interval:
+            axes.plot(
+                [interval.low, interval.high], [y, y], color=colour, linewidth=1.8, solid_capstyle="butt"
+            )
+        axes.plot([difference], [y], marker=marker, color=colour, markersize=4.5)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -8,17 +8,7 @@ from dataclasses import dataclass
 from rl.bench import published
 from rl.bench.answers import RunMeta, settings_words
 from rl.bench.baselines import BASELINE_MODEL, PRIOR_MODEL
-from rl.bench.compare import (
-    MEASURE_NAMES,
-    POWER,
-    Comparison,
-    Difference,
-    detectable,
-    outcome,
-    primary_and_usual,
-    signed,
-)
-from rl.bench.endpoints import CATEGORIES, OVERALL, SAME_COLUMNS, TABLE2_COLUMNS, TABLE3_COLUMNS, Cell
+from rl.bench.endpoints import CATEGORIES, OVERALL, TABLE2_COLUMNS, TABLE3_COLUMNS, Cell
 from rl.bench.further import IOU_BARS
 from rl.bench.metrics import Tables
 
@@ -240,70 +230,6 @@ def reading_table(by_run: Mapping[str, Tables]) -> TableView:
     )
 
 
-BENCHMARK_PATIENTS = 399
-"""Patients of the released test split."""
-SHOWN_MEASURES = ("balanced_accuracy", "accuracy", "iou", "strict")
-
-
-def shown_differences(comparison: Comparison) -> list[Difference]:
-    """The differences that tables and plots show; `results.json` has all."""
-    return [
-        d
-        for measure in SHOWN_MEASURES
-        for d in comparison.differences
-        if d.measure == measure and d.column not in SAME_COLUMNS
-    ]
-
-
-def differences_table(comparison: Comparison) -> TableView:
-    """The differences of a comparison, by measure."""
-    a, b = comparison.a.name, comparison.b.name
-    level = f"{comparison.confidence:.0%}"
-    rows = [
-        Row(
-            (
-                f"{MEASURE_NAMES[d.measure]}, {d.column}",
-                f"{d.a:.3f}",
-                f"{d.b:.3f}",
-                signed(d.difference),
-                f"{signed(d.interval.low)} to {signed(d.interval.high)}",
-                _p(d.p_value),
-                _p(d.p_holm),
-                outcome(d),
-                f"{d.n:,}",
-                f"{d.n_patients:,}",
-            ),
-            "plain",
-        )
-        for d in shown_differences(comparison)
-    ]
-    return TableView(
-        f"Differences, {b} minus {a}",
-        f"Setting: {settings_words({b: comparison.b, a: comparison.a})}. "
-        f"{level} intervals: bootstrap-t over patients, {comparison.draws:,} draws, seed {comparison.seed}. "
-        "p: patient-level sign-flip test; Holm: corrected over the columns of a measure, Overall apart. "
-        f"{_power_note(comparison)}",
-        ("Endpoint", a, b, "Difference", f"{level} interval", "p", "Holm", "Outcome", "n", "Patients"),
-        tuple(rows),
-    )
-
-
-def _power_note(comparison: Comparison) -> str:
-    """What this test set, and one as large as the benchmark's, could have shown."""
-    found = []
-    for key in primary_and_usual(comparison):
-        d = comparison.get(*key)
-        if d is not None and d.n_patients > 1:
-            here, there = (
-                detectable(d, n, comparison.confidence) for n in (d.n_patients, BENCHMARK_PATIENTS)
-            )
-            found.append(
-                f"{MEASURE_NAMES[d.measure]}, {d.column}: {here:.3f} with these {d.n_patients:,} patients, "
-                f"{there:.3f} with the {BENCHMARK_PATIENTS} of the benchmark's test split"
-            )
-    return f"True differences that are found in {POWER:.0%} of cases: {'; '.join(found)}." if found else ""
-
-
 def _header(by_run: Mapping[str, Tables]) -> str:
     """The header that all rows of a table share, and what their models were shown and asked.
 
@@ -355,7 +281,3 @@ def _published_row(row: published.PublishedRow, width: int) -> Row:
 
 def _cell(cell: Cell) -> str:
     return EMPTY if cell.value is None else f"{cell.value:.3f}"
-
-
-def _p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"

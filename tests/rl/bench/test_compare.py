@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import polars as pl
 import pytest
 
@@ -16,11 +15,9 @@ from rl.bench.compare import (
     detectable,
     holm,
     outcome,
-    seed_summary,
     signed,
     verdict,
 )
-from rl.bench.endpoints import OVERALL
 from rl.bench.metrics import grade_run, tables
 from rl.config import CompareConfig
 
@@ -225,37 +222,6 @@ def test_four_times_the_patients_show_half_the_difference(comparison):
 
 def test_a_negative_zero_is_never_written():
     assert [signed(x) for x in (-0.0001, 0.0121, -0.5)] == ["0.000", "+0.012", "−0.500"]
-
-
-def test_seeds_are_the_unit_for_a_claim_about_the_method(weak, items, answered):
-    runs = [answered(items, "GRPO", 0.8, seed=s) for s in (2, 3, 4)]
-    comparisons = [compare(weak, run, QUICK) for run in runs]
-    summary = next(s for s in seed_summary(comparisons) if (s.measure, s.column) == ("iou", OVERALL))
-    values = np.array([c.get("iou").difference for c in comparisons])
-    assert summary.mean == pytest.approx(values.mean())
-    # 4.303 is the 97.5 % quantile of Student's t with 2 degrees of freedom
-    half = 4.3027 * values.std(ddof=1) / np.sqrt(3)
-    assert (summary.interval.low, summary.interval.high) == pytest.approx(
-        (values.mean() - half, values.mean() + half), rel=1e-4
-    )
-
-
-def test_one_seed_has_no_interval_over_seeds(comparison):
-    assert seed_summary([comparison])[0].interval is None
-    with pytest.raises(CompareError, match="at least one"):
-        seed_summary([])
-
-
-def test_seeds_in_different_settings_are_refused(comparison):
-    blind = dataclasses.replace(comparison, b=dataclasses.replace(comparison.b, image="none"))
-    with pytest.raises(CompareError, match="or setting"):
-        seed_summary([comparison, blind])
-
-
-def test_seeds_on_different_test_files_are_refused(comparison):
-    other = dataclasses.replace(comparison, b=dataclasses.replace(comparison.b, split_file="other.json"))
-    with pytest.raises(CompareError, match="differ in test file"):
-        seed_summary([comparison, other])
 
 
 def test_a_run_that_reads_nothing_loses(weak):

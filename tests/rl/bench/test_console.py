@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from rl.bench.compare import compare
-from rl.bench.console import print_comparison, print_tables
+from rl.bench.arms import Arm, compare_arms
+from rl.bench.console import print_headlines, print_tables
 from rl.bench.metrics import grade_run, tables
 from rl.config import CompareConfig
 
@@ -28,10 +28,13 @@ def test_every_table_names_test_file_question_set_reader_items_and_patients(exam
     assert "could not be read and count as wrong" in shown
 
 
-def test_a_comparison_prints_verdict_and_differences(examples, answered, console):
+def test_every_pair_and_the_method_are_in_one_table(examples, answered, console):
     items = examples(4, [1, 42])
-    settings = CompareConfig(bootstrap_draws=200)
-    print_comparison(compare(answered(items, "SFT", 0.2), answered(items, "GRPO", 0.9), settings), console)
+    arms = [
+        Arm(name, tuple(grade_run(answered(items, f"{name} #{s}", skill, seed=s)) for s in (1, 2, 3)))
+        for name, skill in (("SFT", 0.2), ("[red]GRPO", 0.9))
+    ]
+    print_headlines(compare_arms(arms, CompareConfig(bootstrap_draws=50)), console)
     shown = console.file.getvalue()
-    assert "GRPO against SFT" in shown
-    assert "Differences, GRPO minus SFT" in shown
+    assert shown.count("[red]GRPO #2 − SFT #2") == 2  # both endpoints; a name is text, not markup
+    assert shown.count("[red]GRPO − SFT") == 2

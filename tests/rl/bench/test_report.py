@@ -16,6 +16,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from rl.bench.answers import BenchRun, make_run
+from rl.bench.arms import Arm, ArmComparison, compare_arms, verdicts
 from rl.bench.baselines import BASELINE_MODEL, baseline_rows, fit_baselines
 from rl.bench.compare import compare, verdict
 from rl.bench.figures import MetricsError, grade_histograms, read_metrics, reward_curves
@@ -43,6 +44,11 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.words += data
+
+
+def report_on(folder, runs, comparison, log=None):
+    graded = {name: grade_run(run) for name, run in runs.items()}
+    return write_report(folder, runs, graded, [ArmComparison("SFT", "GRPO", (comparison,))], log)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +79,7 @@ def built(tmp_path_factory, examples, answered, meta):
     ]
     log.write_text("".join(json.dumps(r) + "\n" for r in records))
     comparison = compare(sft, grpo, QUICK)
-    path = write_report(folder / "out", runs, comparison, log)
+    path = report_on(folder / "out", runs, comparison, log)
     return path, runs, comparison
 
 
@@ -196,7 +202,7 @@ def test_a_missing_volume_costs_only_its_images(built, tmp_path):
         name: BenchRun(run.meta, run.answers.with_columns(image_path=pl.lit("/nowhere/v.nii.gz")))
         for name, run in runs.items()
     }
-    words = Page(write_report(tmp_path, gone, comparison).read_text()).words
+    words = Page(report_on(tmp_path, gone, comparison).read_text()).words
     assert "No images: volume /nowhere/v.nii.gz does not exist" in words
     assert "Training of" not in words
 
@@ -242,7 +248,7 @@ def test_tables_for_a_paper_have_as_many_cells_in_every_row_and_nothing_unescape
 def test_the_same_input_gives_the_same_page(built, tmp_path):
     path, runs, comparison = built
     assert (
-        write_report(tmp_path, runs, comparison, path.parent.parent / "metrics.jsonl").read_text()
+        report_on(tmp_path, runs, comparison, path.parent.parent / "metrics.jsonl").read_text()
         == path.read_text()
     )
 
@@ -250,13 +256,13 @@ def test_the_same_input_gives_the_same_page(built, tmp_path):
 def test_a_compared_run_that_is_not_given_is_named(built, tmp_path):
     _, runs, comparison = built
     with pytest.raises(ValueError, match="about run 'SFT', which is not among"):
-        write_report(tmp_path, {"GRPO": runs["GRPO"]}, comparison)
+        report_on(tmp_path, {"GRPO": runs["GRPO"]}, comparison)
 
 
 def test_runs_on_other_items_do_not_share_a_table(built, tmp_path, examples, answered):
     _, runs, comparison = built
     with pytest.raises(ValueError, match="runs on the same items"):
-        write_report(tmp_path, {**runs, "other": answered(examples(2, [1]), "other", 0.5)}, comparison)
+        report_on(tmp_path, {**runs, "other": answered(examples(2, [1]), "other", 0.5)}, comparison)
 
 
 def test_the_boxes_of_a_run_that_was_shown_the_true_regions_are_measured_nowhere(
@@ -312,3 +318,58 @@ def test_a_log_without_rewards_gives_no_curves():
 def test_figures_are_images_that_cannot_run_scripts(built):
     histograms = {name: grade_histogram(grade_run(built[1][name])) for name in ("SFT", "GRPO")}
     assert grade_histograms(histograms).startswith("data:image/svg+xml;base64,")
+
+
+@pytest.fixture(scope="module")
+def of_many(tmp_path_factory, examples, answered):
+    """Reports of three arms, of three seeds of two arms, and of two seeds of two arms."""
+    items = examples(5, IDS)
+    runs = {
+        f"{name} #{seed}": answered(items, f"{name} #{seed}", skill, seed=seed)
+        for name, skill in (("SFT", 0.4), ("GRPO", 0.8), ("RLOO", 0.6))
+        for seed in (1, 2, 3)
+    }
+    graded = {name: grade_run(run) for name, run in runs.items()}
+
+    def report(names, seeds):
+        labels = [f"{name} #{seed}" for name in names for seed in seeds]
+        arms = [Arm(name, tuple(graded[f"{name} #{seed}"] for seed in seeds)) for name in names]
+        comparisons = compare_arms(arms, QUICK)
+        folder = tmp_path_factory.mktemp("many")
+        chosen = {label: runs[label] for label in labels}
+        write_report(folder, chosen, {label: graded[label] for label in labels}, comparisons)
+        return folder, comparisons
+
+    return {
+        "arms": report(["SFT", "GRPO", "RLOO"], [1]),
+        "seeds": report(["SFT", "GRPO"], [1, 2, 3]),
+        "two seeds": report(["SFT", "GRPO"], [1, 2]),
+    }
+
+
+@pytest.mark.parametrize("kind", ["arms", "seeds", "two seeds"])
+def test_a_report_of_many_has_every_paragraph_every_pair_and_every_number(of_many, kind):
+    folder, comparisons = of_many[kind]
+    words = Page((folder / "report.html").read_text()).words
+    tables_md = (folder / "tables.md").read_text()
+    results = json.loads((folder / "results.json").read_text())
+    for paragraph in verdicts(comparisons):
+        assert paragraph in words
+        assert paragraph in tables_md
+        assert paragraph in results["verdict"]
+    for arm, saved in zip(comparisons, results["comparisons"], strict=True):
+        assert len(saved["pairs"]) == len(arm.pairs)
+        assert len(saved["over_seeds"]) == len(arm.over_seeds)
+        for pair in arm.pairs:
+            assert f"{pair.b.name} − {pair.a.name}" in tables_md
+    assert "Of the first pair of runs alone" in words
+
+
+def test_the_title_names_every_arm_and_the_method_stands_apart(of_many):
+    words = {kind: Page((folder / "report.html").read_text()).words for kind, (folder, _) in of_many.items()}
+    assert "GRPO, RLOO against SFT" in words["arms"]
+    assert "training seeds" not in words["arms"]
+    assert "Differences over 3 training seeds" in words["seeds"]
+    assert "mean of 3 seeds, 95% t interval" in words["seeds"]
+    assert "mean of 2 seeds, which are too few for a claim" in words["two seeds"]
+    assert "No claim is made with fewer than 3 seeds" in words["two seeds"]
