@@ -164,7 +164,10 @@ def compare_graded(a: Graded, b: Graded, settings: CompareConfig, seed: int = 0)
             f"compare.primary_endpoint is {settings.primary_endpoint!r}; use one of {', '.join(MEASURES)}, or "
             "measure/column of a column that is not empty (IoU is, where a run was shown the true region)"
         )
-    resampled = resample(counts_a.n, counts_b.s - counts_a.s, observed, settings.bootstrap_draws, seed)
+    distinct = [e for e in observed if e.column not in SAME_COLUMNS]
+    drawn = resample(counts_a.n, counts_b.s - counts_a.s, distinct, settings.bootstrap_draws, seed)
+    by_key = {(e.measure, e.column): r for e, r in zip(distinct, drawn, strict=True)}
+    resampled = [by_key[e.measure, SAME_COLUMNS.get(e.column, e.column)] for e in observed]
     p_values = {(e.measure, e.column): r.p_value for e, r in zip(observed, resampled, strict=True)}
     corrected = holm_by_measure([p_values])[0]
     differences = tuple(

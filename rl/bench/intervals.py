@@ -71,25 +71,25 @@ def resample(
         seed: of the generator.
     """
     patients = len(n)
-    merged = [(n @ e.merge, d @ e.merge, e.group) for e in endpoints]
+    merged = [(np.hstack([n @ e.merge, d @ e.merge]), e.group) for e in endpoints]
     estimates = [_estimate_with_se(np.ones((1, patients)), *m) for m in merged]
     drawn: list[list[tuple[FloatArray, FloatArray]]] = [[] for _ in endpoints]
     # the products are small: BLAS threads would mostly wait for each other, and for busy neighbours
     with threadpool_limits(limits=1, user_api="blas"):
         for weights in bootstrap_weights(patients, draws, seed):
-            for i, (n_e, d_e, group) in enumerate(merged):
-                drawn[i].append(_estimate_with_se(weights, n_e, d_e, group))
+            for i, (n_and_d, group) in enumerate(merged):
+                drawn[i].append(_estimate_with_se(weights, n_and_d, group))
     p_values = sign_flip([_contributions(*m) for m in merged], draws, seed)
     return [
         Resampled(
             estimate=float(estimate[0]),
             se=float(se[0]),
-            jackknife=value(n_e.sum(axis=0) - n_e, d_e.sum(axis=0) - d_e, group),
+            jackknife=value(*np.hsplit(n_and_d.sum(axis=0) - n_and_d, 2), group),
             draws=np.concatenate([v for v, _ in chunks]),
             draw_ses=np.concatenate([s for _, s in chunks]),
             p_value=p,
         )
-        for (estimate, se), (n_e, d_e, group), chunks, p in zip(
+        for (estimate, se), (n_and_d, group), chunks, p in zip(
             estimates, merged, drawn, p_values, strict=True
         )
     ]
@@ -169,7 +169,7 @@ def bca_interval(resampled: Resampled, confidence: float) -> Interval:
 
 
 def _estimate_with_se(
-    weights: FloatArray, n: FloatArray, d: FloatArray, group: FloatArray
+    weights: FloatArray, n_and_d: FloatArray, group: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
     """Estimate and linearised standard error in each draw.
 
@@ -179,25 +179,26 @@ def _estimate_with_se(
 
     Args:
         weights: [draws, patients] how often each patient counts.
-        n, d: [patients, cells].
+        n_and_d: [patients, 2 x cells], observations and then differences: side by side both go into one product.
         group: [cells, groups].
 
     Returns:
         [draws] and [draws].
     """
     patients = weights.shape[1]
-    n_total, d_total = weights @ n, weights @ d
+    n_total, d_total = np.hsplit(weights @ n_and_d, 2)
     per_observation = cell_weights(n_total, group) / np.maximum(n_total, 1)
     rate = d_total / np.maximum(n_total, 1)
-    influence = np.hstack([per_observation, -per_observation * rate]) @ np.hstack([d, n]).T
+    influence = np.hstack([-per_observation * rate, per_observation]) @ n_and_d.T
     correction = patients / max(patients - 1, 1)
     squared = np.square(influence, out=influence)
     se: FloatArray = np.sqrt(correction * np.einsum("ij,ij->i", weights, squared))
     return value(n_total, d_total, group), se
 
 
-def _contributions(n: FloatArray, d: FloatArray, group: FloatArray) -> FloatArray:
+def _contributions(n_and_d: FloatArray, group: FloatArray) -> FloatArray:
     """[patients] each patient's part of the estimate; they sum to it. A swap of the runs flips the sign of d alone."""
+    n, d = np.hsplit(n_and_d, 2)
     n_total = n.sum(axis=0)
     shares: FloatArray = d @ (cell_weights(n_total, group) / np.maximum(n_total, 1))
     return shares
