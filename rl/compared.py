@@ -102,7 +102,9 @@ def _check_arms(words: Sequence[str], arms: Mapping[str, Sequence[str]]) -> None
 
 def _named(arms: Mapping[str, Sequence[str]], runs: Mapping[str, BenchRun]) -> Compared:
     """Arms under the name that their runs bear, or the word they were asked for where another run bears it too."""
-    labels, names, by_name = {}, {}, {}
+    labels: dict[str, str] = {}
+    names: dict[str, str] = {}
+    by_name: dict[str, Sequence[str]] = {}
     for word, keys in arms.items():
         borne = {runs[key].meta.name for key in keys}
         elsewhere = {run.meta.name for key, run in runs.items() if key not in keys}

@@ -111,27 +111,19 @@ def headline_table(comparisons: Sequence[ArmComparison]) -> TableView:
     for key in primary_and_usual(first):
         for arm in comparisons:
             for pair in arm.pairs:
-                d = pair.get(*key)
-                if d is not None:
-                    cells = (
-                        signed(d.difference),
-                        _interval(d.interval),
-                        p_words(d.p_value),
-                        p_words(d.p_holm),
-                    )
-                    rows.append(
-                        Row((_name(*key), _of(pair.a.name, pair.b.name), "patients", *cells, outcome(d)))
-                    )
-            s = arm.over(*key)
-            if s is not None:
+                if (d := pair.get(*key)) is not None:
+                    _, _, *cells, _, _ = _cells(d)
+                    rows.append(Row((_name(*key), _of(pair.a.name, pair.b.name), *cells), "plain"))
+            if (s := arm.over(*key)) is not None:
                 mean, _, *cells = _over_seeds(s)
-                rows.append(Row((_name(*key), _of(arm.a, arm.b), "seeds", mean, *cells)))
+                arms = f"{_of(arm.a, arm.b)}, {len(arm.pairs)} seeds"
+                rows.append(Row((_name(*key), arms, mean, *cells)))
     level = f"{first.confidence:.0%}"
     return TableView(
         "Differences",
-        f"{level} intervals over patients (bootstrap-t) speak of a pair of checkpoints, over seeds (Student's t) of "
-        "the method. The report has every column, and says what Holm's correction covers.",
-        ("Endpoint", "Arms", "Over", "Difference", f"{level} interval", "p", "Holm", "Outcome"),
+        f"{level} intervals: of a pair of runs bootstrap-t over patients, about those checkpoints; of seeds Student's "
+        "t, about the method. The report has every column, and says what Holm's correction covers.",
+        ("Endpoint", "Arms", "Difference", f"{level} interval", "p", "Holm", "Outcome"),
         tuple(rows),
     )
 

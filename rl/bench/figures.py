@@ -22,6 +22,7 @@ from rl.bench.arms import ArmComparison
 from rl.bench.compare import MEASURE_NAMES, outcome_of
 from rl.bench.differences import shown_endpoints
 from rl.bench.endpoints import TABLE3_COLUMNS, grades_of
+from rl.bench.intervals import Interval
 
 TRUTH, ARM_A, ARM_B = "#009e73", "#e69f00", "#0072b2"
 """Okabe-Ito colours, told apart with any colour vision; the template's style sheet repeats them."""
@@ -125,8 +126,11 @@ def forest_plot(comparisons: Sequence[ArmComparison]) -> str:
             axes.grid(axis="x", alpha=0.25)
             axes.spines["left"].set_visible(False)
             axes.tick_params(axis="y", length=0)
-            over = "patients" if len(arm.pairs) == 1 else "patients (circles) and seeds (diamonds)"
-            axes.set_xlabel(f"{arm.b} minus {arm.a}, {arm.pairs[0].confidence:.0%} interval over {over}")
+            over = "patients (circles) and seeds (diamonds)" if arm.over_seeds else "patients"
+            between = ",\n" if len(comparisons) > 1 else ", "
+            axes.set_xlabel(
+                f"{arm.b} minus {arm.a}{between}{arm.pairs[0].confidence:.0%} interval over {over}"
+            )
         panels[0].set_yticks(places, [f"{MEASURE_NAMES[measure]}, {column}" for measure, column in endpoints])
         panels[0].set_ylim(places[-1] + 0.7, -0.7)
 
@@ -265,15 +269,17 @@ def _histogram_panel(
 def _forest_row(axes: Axes, arm: ArmComparison, endpoint: tuple[str, str], place: float) -> None:
     found = [pair.get(*endpoint) for pair in arm.pairs]
     summary = arm.over(*endpoint)
-    lines = [(d.difference, d.interval, "o") for d in found if d is not None]
+    lines: list[tuple[float, Interval | None, str, float]] = [
+        (d.difference, d.interval, "o", 1.8) for d in found if d is not None
+    ]
     if summary is not None:
-        lines.append((summary.mean, summary.interval, "D"))
-    for index, (difference, interval, marker) in enumerate(lines):
+        lines.append((summary.mean, summary.interval, "D", 3.0))
+    for index, (difference, interval, marker, width) in enumerate(lines):
         y = place + 0.8 * ((index + 0.5) / len(lines) - 0.5)
         colour = _OUTCOME_COLOURS[outcome_of(interval)] if interval else GREY
         if interval:
             axes.plot(
-                [interval.low, interval.high], [y, y], color=colour, linewidth=1.8, solid_capstyle="butt"
+                [interval.low, interval.high], [y, y], color=colour, linewidth=width, solid_capstyle="butt"
             )
         axes.plot([difference], [y], marker=marker, color=colour, markersize=4.5)
 

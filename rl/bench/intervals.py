@@ -84,7 +84,7 @@ def resample(
         Resampled(
             estimate=float(estimate[0]),
             se=float(se[0]),
-            jackknife=value(*np.hsplit(n_and_d.sum(axis=0) - n_and_d, 2), group),
+            jackknife=_value(n_and_d.sum(axis=0) - n_and_d, group),
             draws=np.concatenate([v for v, _ in chunks]),
             draw_ses=np.concatenate([s for _, s in chunks]),
             p_value=p,
@@ -194,6 +194,11 @@ def _estimate_with_se(
     squared = np.square(influence, out=influence)
     se: FloatArray = np.sqrt(correction * np.einsum("ij,ij->i", weights, squared))
     return value(n_total, d_total, group), se
+
+
+def _value(n_and_d: FloatArray, group: FloatArray) -> FloatArray:
+    n, d = np.hsplit(n_and_d, 2)
+    return value(n, d, group)
 
 
 def _contributions(n_and_d: FloatArray, group: FloatArray) -> FloatArray:

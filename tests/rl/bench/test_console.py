@@ -37,4 +37,4 @@ def test_every_pair_and_the_method_are_in_one_table(examples, answered, console)
     print_headlines(compare_arms(arms, CompareConfig(bootstrap_draws=50)), console)
     shown = console.file.getvalue()
     assert shown.count("[red]GRPO #2 − SFT #2") == 2  # both endpoints; a name is text, not markup
-    assert shown.count("[red]GRPO − SFT") == 2
+    assert shown.count("[red]GRPO − SFT, 3 seeds") == 2
