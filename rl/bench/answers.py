@@ -246,19 +246,8 @@ def row_truth(row: Mapping[str, Any]) -> Truth:
 def examples_of(answers: pl.DataFrame) -> Iterator[Example]:
     """The question of each row of `answers.parquet`, about its volume, with its truth."""
     for batch in answers.select(_ASKED).iter_slices(BATCH):
-        for (
-            example_id,
-            volume_id,
-            path,
-            shape,
-            spacing,
-            patient,
-            visit,
-            side,
-            question_id,
-            grades,
-            box,
-        ) in zip(*(batch[name].to_list() for name in _ASKED), strict=True):
+        for row in zip(*(batch[name].to_list() for name in _ASKED), strict=True):
+            example_id, volume_id, path, shape, spacing, patient, visit, side, question_id, grades, box = row
             yield Example(
                 example_id=example_id,
                 volume=VolumeRef(volume_id, path, None, tuple(shape), tuple(spacing)),
@@ -270,19 +259,7 @@ def examples_of(answers: pl.DataFrame) -> Iterator[Example]:
             )
 
 
-_ASKED = (
-    "example_id",
-    "volume_id",
-    "image_path",
-    "shape",
-    "spacing_mm",
-    "patient_id",
-    "visit",
-    "side",
-    "question_id",
-    "truth_grades",
-    "truth_bbox",
-)
+_ASKED = tuple(SCHEMA)[: list(SCHEMA).index("completion")]
 _grades = lru_cache(maxsize=4096)(json.loads)
 """A question has few truths: their texts repeat all through a run."""
 

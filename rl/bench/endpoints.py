@@ -89,18 +89,19 @@ def count(attributes: pl.DataFrame, items: pl.DataFrame) -> Counts:
     A base cell is ("grade", attribute_id, grade, table2_column, category, grade_space), ("iou", structure or None)
     or ("strict",). Missing truths are left out here.
     """
-    graded = attributes.filter(pl.col("truth").is_not_null())
+    # lazy: only the columns that are needed are copied
+    graded = attributes.lazy().filter(pl.col("truth").is_not_null())
     facts = ["attribute_id", "truth", "table2_column", "category", "grade_space"]
     pieces = [
         ("grade", facts, graded, "correct"),
-        ("iou", ["table3_column"], items.filter(pl.col("iou").is_not_null()), "iou"),
-        ("strict", [], items, "strict"),
+        ("iou", ["table3_column"], items.lazy().filter(pl.col("iou").is_not_null()), "iou"),
+        ("strict", [], items.lazy(), "strict"),
     ]
     # maintain_order keeps the float sums, and so the tables, the same from run to run
     sums = [
-        frame.group_by("patient_id", pl.lit(kind).alias("kind"), *by, maintain_order=True).agg(
-            pl.len().alias("n"), pl.col(value).cast(pl.Float64).sum().alias("s")
-        )
+        frame.group_by("patient_id", pl.lit(kind).alias("kind"), *by, maintain_order=True)
+        .agg(pl.len().alias("n"), pl.col(value).cast(pl.Float64).sum().alias("s"))
+        .collect()
         for kind, by, frame, value in pieces
     ]
     seen = [found.drop("patient_id", "n", "s").unique() for found in sums]

@@ -63,9 +63,9 @@ def further_measures(table: pl.DataFrame, attributes: pl.DataFrame, items: pl.Da
 def recall_per_grade(attributes: pl.DataFrame) -> dict[str, dict[int, Cell]]:
     """Grade space ("ordinal 0-3") -> grade -> share of its true occurrences that were answered right."""
     found: dict[str, dict[int, Cell]] = {}
-    known = attributes.filter(pl.col("truth").is_not_null())
+    known = attributes.lazy().filter(pl.col("truth").is_not_null())
     counted = known.group_by("grade_space", "truth").agg(pl.len().alias("n"), pl.col("correct").mean())
-    for space, grade, n, recall in counted.sort("grade_space", "truth").iter_rows():
+    for space, grade, n, recall in counted.sort("grade_space", "truth").collect().iter_rows():
         found.setdefault(space, {})[grade] = Cell(recall, n)
     return found
 
@@ -75,11 +75,11 @@ def by_attribute(attributes: pl.DataFrame) -> pl.DataFrame:
 
     A measure that is undefined is null.
     """
-    known = attributes.filter(pl.col("truth").is_not_null())
+    known = attributes.lazy().filter(pl.col("truth").is_not_null())
     rows = []
     facts = list(_BY_ATTRIBUTE)[:_FACTS]
     # what each true grade was answered with, and how often: the measures need no more of an attribute
-    answered_with = known.group_by([*facts, "truth", "predicted"], maintain_order=True).len()
+    answered_with = known.group_by([*facts, "truth", "predicted"], maintain_order=True).len().collect()
     for key, frame in answered_with.group_by(facts, maintain_order=True):
         row = dict(zip(facts, key, strict=True))
         truth, often = frame["truth"].to_numpy(), frame["len"].to_numpy()
@@ -129,9 +129,8 @@ def _box_measures(items: pl.DataFrame) -> Values:
 def _item_measures(attributes: pl.DataFrame, items: pl.DataFrame) -> Values:
     graded = items.filter(pl.col("all_correct").is_not_null())
     read = items.filter(pl.col("violates").is_not_null())
-    share = (
-        attributes.filter(pl.col("truth").is_not_null()).group_by("example_id").agg(pl.col("correct").mean())
-    )
+    known = attributes.lazy().filter(pl.col("truth").is_not_null())
+    share = known.group_by("example_id").agg(pl.col("correct").mean()).collect()
     both = items.filter(pl.col("iou").is_not_null()).join(share, on="example_id")
     linked = both.select(pl.corr("iou", "correct")).item() if both.height > 1 else None
     return {
