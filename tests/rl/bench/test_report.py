@@ -270,7 +270,9 @@ def test_the_boxes_of_a_run_that_was_shown_the_true_regions_are_measured_nowhere
 ):
     items = examples(6, IDS)
     runs = {"SFT": answered(items, "SFT", 0.4), "cut": answered_cut_out(items, "cut")}
-    html = write_report(tmp_path, runs, compare(*runs.values(), QUICK)).read_text()
+    graded = {name: grade_run(run) for name, run in runs.items()}
+    arms = [ArmComparison("SFT", "cut", (compare(*runs.values(), QUICK),))]
+    html = write_report(tmp_path, runs, graded, arms).read_text()
     words = Page(html).words
     setting = "cut: shown the true region alone, own prompts; SFT: shown the volume, own prompts"
     assert f"Setting: {setting}." in words.partition("Table 2")[0]  # in the heading
@@ -323,7 +325,7 @@ def test_figures_are_images_that_cannot_run_scripts(built):
 @pytest.fixture(scope="module")
 def of_many(tmp_path_factory, examples, answered):
     """Reports of three arms, of three seeds of two arms, and of two seeds of two arms."""
-    items = examples(5, IDS)
+    items = examples(5, [1, 42])
     runs = {
         f"{name} #{seed}": answered(items, f"{name} #{seed}", skill, seed=seed)
         for name, skill in (("SFT", 0.4), ("GRPO", 0.8), ("RLOO", 0.6))
