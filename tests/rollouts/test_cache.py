@@ -49,6 +49,23 @@ def test_an_entry_comes_back_as_it_was(
         assert replace(loaded, embeds_V_H=stored.embeds_V_H) == stored
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_features_are_read_in_place_and_not_copied(cache: EmbeddingCache, features: VolumeFeatures) -> None:
+    """What `get` returns lies in the memory-mapped file: a volume takes no memory however often it is asked."""
+    cache.put(features)
+    taken = [cache.get(features.key) for _ in range(3)]
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    mapped = [
+        range(*(int(end, 16) for end in line.split()[0].split("-")))
+        for line in maps
+        if line.endswith(f"{features.key}.safetensors")
+    ]
+    assert mapped
+    for loaded in taken:
+        assert loaded is not None
+        assert any(loaded.embeds_V_H.data_ptr() in span for span in mapped)
+
+
 def test_a_key_without_an_entry_gives_none_quietly(
     cache: EmbeddingCache, caplog: pytest.LogCaptureFixture
 ) -> None:

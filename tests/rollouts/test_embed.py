@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import re
+import time
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
@@ -201,6 +204,65 @@ def test_size_and_speed_are_told(
     )
     assert "embedded 5 volumes (160 visual tokens)" in lines[-1]
     assert "volumes/s" in lines[-1]
+
+
+def test_the_error_of_storing_in_another_number_format_is_told_once(
+    tower: VisionTower, cache: EmbeddingCache, view: VolumeViewConfig, volumes: list[VolumeRef]
+) -> None:
+    """bfloat16 has 8 significant bits: a number is off by 2^-9 of itself at most, a vector of them by less."""
+    tower.max_patches = 1
+    lines: list[str] = []
+    embed_examples(volumes, tower, cache, view, storage_dtype=torch.bfloat16, log=lines.append)
+    (said,) = [line for line in lines if "relative error" in line]
+    assert said.startswith(
+        "computed in torch.float32, stored in torch.bfloat16: relative error of a visual token"
+    )
+    mean, largest = map(float, re.findall(r"\d\.\de-\d+", said))
+    assert 2**-11 < mean <= largest < 2**-9
+    lines.clear()
+    embed_examples(
+        volumes, tower, cache, view, storage_dtype=torch.bfloat16, log=lines.append
+    )  # all are there
+    embed_examples(volumes, tower, cache, view, log=lines.append)  # stored as computed
+    assert not [line for line in lines if "relative error" in line]
+
+
+@pytest.mark.slow
+def test_processes_that_fill_one_cache_at_once_and_one_that_is_killed_leave_whole_entries(
+    base_folder: Path, cache: EmbeddingCache, view: VolumeViewConfig, make_volume: Callable[..., VolumeRef]
+) -> None:
+    """Two encode the same volumes, in opposite order; a third is killed in the middle of its work."""
+    volumes = [make_volume(f"knee{seed}", seed=seed) for seed in range(12)]
+    context = multiprocessing.get_context("spawn")
+
+    def start(order: list[VolumeRef]) -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=fill, args=(str(base_folder), str(cache.folder), view, order))
+        process.start()
+        return process
+
+    killed = start(volumes)
+    while not list(cache.folder.glob("*/*.safetensors")):
+        assert killed.is_alive()
+        time.sleep(0.01)
+    killed.kill()
+    killed.join()
+    fillers = [start(volumes), start(volumes[::-1])]
+    for process in fillers:
+        process.join()
+        assert process.exitcode == 0
+    recipe = embedding_recipe(TowerSpec.of_folder(base_folder), view, (2, 0, 1), torch.float32, torch.float32)
+    store = open_store(volumes, EmbeddingCache(cache.folder), recipe)
+    assert {volume.volume_id for volume in volumes} == set(store)
+    for name in store:
+        assert torch.isfinite(
+            store[name].embeds_V_H
+        ).all()  # and its checksum is right, or it would not come out
+    assert len(list(cache.folder.glob("*/*.safetensors"))) == len(volumes)
+
+
+def fill(base: str, folder: str, view: VolumeViewConfig, volumes: list[VolumeRef]) -> None:
+    """In a process of its own: one volume at a time."""
+    embed_examples(volumes, VisionTower(base, max_patches=1), EmbeddingCache(folder), view, log=quiet)
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(
