@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -29,11 +30,61 @@ class VisionGeometry:
         return self.patch_size * self.merge_size
 
 
-QWEN2_5_VL = {
-    "Qwen/Qwen2.5-VL-3B-Instruct": VisionGeometry(14, 2, 2, 2048, 2.0),
-    "Qwen/Qwen2.5-VL-7B-Instruct": VisionGeometry(14, 2, 2, 3584, 2.0),
+_TOWER = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+    "tokens_per_second": 2,
 }
-"""Known here so that a recipe can be checked before its weights are downloaded."""
+PUBLISHED: Mapping[str, dict[str, Any]] = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+        "vision_config": {**_TOWER, "out_hidden_size": 2048},
+    },
+    "Qwen/Qwen2.5-VL-7B-Instruct": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+        "vision_config": {**_TOWER, "out_hidden_size": 3584},
+    },
+}
+"""The sizes in the published `config.json` of two models, so that a recipe can be checked and planned before its
+weights are downloaded."""
+
+
+def model_config(model_path: str) -> tuple[dict[str, Any], str] | None:
+    """The `config.json` of the model a config names, and where it is from; None for an id that is not known here.
+
+    Raises:
+        ConfigError: `builtin:base` without its files.
+    """
+    if model_path in PUBLISHED:
+        return PUBLISHED[model_path], model_path
+    folder = files("rl") / "assets" / "base" if model_path == "builtin:base" else Path(model_path)
+    config_file = folder / "config.json"
+    if config_file.is_file():
+        return json.loads(config_file.read_text(encoding="utf-8")), str(config_file)
+    if model_path == "builtin:base":
+        raise ConfigError(
+            f"model.path is 'builtin:base' but {config_file} is missing: install the package again"
+        )
+    return None
 
 
 def vision_geometry(model_path: str) -> VisionGeometry | None:
@@ -42,19 +93,8 @@ def vision_geometry(model_path: str) -> VisionGeometry | None:
     Raises:
         ConfigError: a folder whose `config.json` is no Qwen2.5-VL configuration, or `builtin:base` without its files.
     """
-    if model_path in QWEN2_5_VL:
-        return QWEN2_5_VL[model_path]
-    if model_path == "builtin:base":
-        packaged = files("rl") / "assets" / "base" / "config.json"
-        if not packaged.is_file():
-            raise ConfigError(
-                f"model.path is 'builtin:base' but {packaged} is missing: install the package again"
-            )
-        return _geometry_of(json.loads(packaged.read_text(encoding="utf-8")), model_path)
-    config_file = Path(model_path) / "config.json"
-    if config_file.is_file():
-        return _geometry_of(json.loads(config_file.read_text(encoding="utf-8")), str(config_file))
-    return None
+    found = model_config(model_path)
+    return None if found is None else _geometry_of(*found)
 
 
 def visual_grid(config: Config, geometry: VisionGeometry, slices: int | None = None) -> tuple[int, int, int]:

@@ -9,15 +9,20 @@ import pytest
 
 from rl.config import Config, ConfigError, load_config, save_config
 from rl.config_check import CHOICES, validate
-from rl.geometry import QWEN2_5_VL, cache_bytes, vision_geometry, visual_grid
+from rl.geometry import VisionGeometry, cache_bytes, vision_geometry, visual_grid
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
-QWEN_3B = QWEN2_5_VL["Qwen/Qwen2.5-VL-3B-Instruct"]
 VOLUMES = 7_970
 """All volumes of 3DReasonKnee."""
 
 SERVED = ("engine.kind=openai", "openai.model=gpt")
+
+
+def published(model: str = "Qwen/Qwen2.5-VL-3B-Instruct") -> VisionGeometry:
+    geometry = vision_geometry(model)
+    assert geometry is not None
+    return geometry
 
 
 def qwen_config(*overrides: str) -> Config:
@@ -54,7 +59,7 @@ def test_the_recipes_for_the_real_data_are_all_there() -> None:
 )
 def test_the_cache_size_a_recipe_states_is_the_one_its_view_makes(recipe: Path) -> None:
     config, text = load_config(recipe), recipe.read_text(encoding="utf-8")
-    geometry = QWEN2_5_VL[config.model.path]
+    geometry = published(config.model.path)
     frames, rows, columns = visual_grid(config, geometry)
     assert f"{frames} x {rows} x {columns} = {frames * rows * columns:,} visual tokens a volume" in text
     assert f"= {round(cache_bytes(config, geometry, VOLUMES) / 1e9)} GB" in text
@@ -62,12 +67,12 @@ def test_the_cache_size_a_recipe_states_is_the_one_its_view_makes(recipe: Path) 
 
 def test_a_whole_volume_at_native_size_is_15680_tokens() -> None:
     config = qwen_config("view.height=392", "view.width=392", "phantom.shape=[384,384,160]")
-    assert visual_grid(config, QWEN_3B) == (80, 14, 14)
+    assert visual_grid(config, published()) == (80, 14, 14)
 
 
 def test_an_odd_number_of_slices_still_fills_its_last_frame() -> None:
-    assert visual_grid(qwen_config("view.crop=[0,9,0,96,0,96]"), QWEN_3B) == (5, 4, 4)
-    assert visual_grid(qwen_config("view.slice_stride=2"), QWEN_3B, slices=7) == (2, 4, 4)
+    assert visual_grid(qwen_config("view.crop=[0,9,0,96,0,96]"), published()) == (5, 4, 4)
+    assert visual_grid(qwen_config("view.slice_stride=2"), published(), slices=7) == (2, 4, 4)
 
 
 def test_an_unknown_key_is_refused_and_the_nearest_known_one_named(tmp_path: Path) -> None:
