@@ -39,6 +39,7 @@ from rl.completions import (
 )
 from rl.config import Config, ConfigError
 from rl.loss import LossInputs, LossSettings, StepTotals, grpo_loss
+from rl.microbatch import GroupTokens, within_budget
 from rl.model import disable_dropout, load_policy, reference_adapter, save_adapter, trainable
 from rl.packed import PackedBatch, pack
 from rl.probe import Agreement, measure_agreement, require_agreement, sampler_logps
@@ -364,17 +365,14 @@ def _packed_advantages(scored: list[ScoredGroup]) -> torch.Tensor:
 
 def microbatches(scored: list[ScoredGroup], budget: int) -> Iterator[list[ScoredGroup]]:
     """Split groups into parts of at most `budget` tokens, never a group; a volume's tokens count once per part."""
-    part: list[ScoredGroup] = []
-    used = 0
-    for s in scored:
-        prompt = s.group.prompt
-        own = len(prompt.question_ids) + sum(len(r.token_ids) for r in s.group.rollouts)
-        new_volume = not part or part[-1].group.prompt.features.key != prompt.features.key
-        cost = own + (len(prompt.volume_ids) if new_volume else 0)
-        if part and used + cost > budget:
-            yield part
-            part, used, cost = [], 0, own + len(prompt.volume_ids)
-        part.append(s)
-        used += cost
-    if part:
-        yield part
+    prompts = [s.group.prompt for s in scored]
+    sizes = [
+        GroupTokens(
+            volume=prompt.features.key,
+            shared=len(prompt.volume_ids),
+            own=len(prompt.question_ids) + sum(len(r.token_ids) for r in s.group.rollouts),
+        )
+        for prompt, s in zip(prompts, scored, strict=True)
+    ]
+    for part in within_budget(sizes, budget):
+        yield [scored[i] for i in part]

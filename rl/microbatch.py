@@ -1,0 +1,32 @@
+"""Which groups are computed together, by their numbers of tokens alone."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class GroupTokens:
+    """Tokens of one question with its completions, and of the volume it is about."""
+
+    volume: Hashable
+    """Equal for questions about one volume."""
+    shared: int
+    """Tokens of the volume, computed once for questions that follow each other."""
+    own: int
+    """Tokens of the question and its completions."""
+
+
+def within_budget(groups: Sequence[GroupTokens], budget: int) -> Iterator[range]:
+    """Cut groups into parts of at most `budget` tokens, never a group; a volume's tokens count once per part."""
+    start = used = 0
+    for i, group in enumerate(groups):
+        new_volume = i == start or groups[i - 1].volume != group.volume
+        cost = group.own + (group.shared if new_volume else 0)
+        if i > start and used + cost > budget:
+            yield range(start, i)
+            start, used, cost = i, 0, group.own + group.shared
+        used += cost
+    if groups:
+        yield range(start, len(groups))

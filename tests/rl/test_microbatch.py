@@ -1,0 +1,34 @@
+"""Groups are cut into micro-batches by their tokens: nothing is lost, and the budget is kept where it can be."""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rl.microbatch import GroupTokens, within_budget
+
+SHARED = (30, 50, 0)
+groups = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 40))).map(
+    lambda drawn: [GroupTokens(volume, SHARED[volume], own) for volume, own in drawn]
+)
+
+
+def tokens(part: list[GroupTokens]) -> int:
+    """A volume's once for groups that follow each other."""
+    before = [None, *(group.volume for group in part)]
+    return sum(g.own + (g.shared if g.volume != last else 0) for g, last in zip(part, before, strict=False))
+
+
+@given(groups, st.integers(1, 200))
+def test_every_group_is_computed_once_within_the_budget_or_alone(
+    groups: list[GroupTokens], budget: int
+) -> None:
+    parts = list(within_budget(groups, budget))
+    assert [i for part in parts for i in part] == list(range(len(groups)))
+    for part, following in zip_longest(parts, parts[1:]):
+        members = [groups[i] for i in part]
+        assert len(part) == 1 or tokens(members) <= budget
+        if following:  # as many as fit
+            assert tokens([*members, groups[following[0]]]) > budget
