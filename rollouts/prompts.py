@@ -22,14 +22,16 @@ public template of that question does.
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from rewards.boxes import Box3D
 from rewards.errors import ReasonKneeError
 from rewards.ontology import Question
 from rewards.types import Example, Reasoning
 from rollouts.types import Prompt, VolumeFeatures
+
+if TYPE_CHECKING:  # seconds to import, and the wording needs none of it
+    from transformers import PreTrainedTokenizerBase
 
 SYSTEM_PROMPT = (
     "You read knee MRI by MOAKS. bbox: first and last voxel of the region along slice, x, y, from 0."
