@@ -230,6 +230,43 @@ def launch(
     raise typer.Exit(run(loaded, dry_run=dry_run, again=again))
 
 
+@app.command()
+def plan(
+    overrides: Overrides = None,
+    config: ConfigFile = DEFAULT_CONFIG,
+    peak_tflops: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="Dense matrix product peak of a GPU that is not here, in TFLOP/s."),
+    ] = None,
+    memory_gb: Annotated[
+        float | None, typer.Option(metavar="N", help="Its memory in GB (10^9 bytes).")
+    ] = None,
+    bandwidth_gbs: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="Its memory bandwidth in GB/s; default: 4 x --peak-tflops."),
+    ] = None,
+) -> None:
+    """What a recipe costs before it is started: disk, tokens, FLOPs, memory, hours, and which limit binds.
+
+    Needs neither weights nor data. Planned for the device present, whose peak is measured, or for one that is
+    described. A GRPO run in run_dir says how long completions are and what share of the peak is reached.
+    """
+    if (peak_tflops is None) != (memory_gb is None) or (bandwidth_gbs and peak_tflops is None):
+        raise typer.BadParameter(
+            "describe a machine by --peak-tflops and --memory-gb together, or not at all"
+        )
+    loaded = _load(config, overrides)
+    from rl.plan.estimate import make_plan
+    from rl.plan.hardware import described, measured
+    from rl.plan.show import print_plan
+
+    if peak_tflops is None or memory_gb is None:
+        hardware = measured(loaded)
+    else:
+        hardware = described(loaded, peak_tflops, memory_gb, bandwidth_gbs)
+    print_plan(make_plan(loaded, hardware), Console(highlight=False))
+
+
 @data_app.command()
 def check(
     root: Annotated[

@@ -1,0 +1,250 @@
+"""The plan of a recipe: tokens, operations, memory and time of its stages, and which limit binds."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rl.config import Config, load_config
+from rl.microbatch import GroupTokens, within_budget
+from rl.plan.engine import EngineMemory, Sampling, engine_memory, sampling
+from rl.plan.flops import Operations, TreeShape, backward, forward, vision
+from rl.plan.hardware import Hardware
+from rl.plan.history import History, history
+from rl.plan.memory import TrainerMemory, trainer_memory
+from rl.plan.sizes import ModelSizes, model_sizes
+from rl.plan.workload import Workload, workload
+
+SHARE = 0.4
+"""Of the peak rates, assumed where no run has shown another: of training, of prefill and decoding, of the tower."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training part of one GRPO step."""
+
+    forward: Operations
+    backward: Operations
+    ideal_s: float
+    """Of the rank with most to do, at the full rate of the hardware."""
+
+    @property
+    def whole(self) -> Operations:
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is printed."""
+
+    config: Config
+    hardware: Hardware
+    sizes: ModelSizes
+    work: Workload
+    shape: TreeShape
+    """With the completion length that is expected."""
+    vision: Operations
+    """One volume."""
+    training: Training
+    sampling: Sampling
+    sft: Training
+    """One step."""
+    microbatch: list[int]
+    """Questions about each volume of the largest micro-batch."""
+    memory: dict[bool, TrainerMemory]
+    """By `gradient_checkpointing`, with completions of the greatest length."""
+    engine: EngineMemory
+    cache_bytes: int
+    """Of one volume."""
+    disk_free: int | None
+    """In `embed.cache_dir`, what the cache has already included; None where there is no such folder."""
+    shares: tuple[float, float]
+    """Of the peak rates that training and sampling reach."""
+    computed: float
+    """Share of the groups that have a signal and are computed in training."""
+    assumed: list[str]
+
+    @property
+    def train_s(self) -> float:
+        """Seconds of a GRPO step."""
+        return self.computed * self.training.ideal_s / self.shares[0]
+
+    @property
+    def rollout_s(self) -> float:
+        return self.sampling.ideal_s / self.shares[1]
+
+    @property
+    def embed_s(self) -> float:
+        """Seconds for all volumes on one device, reading left out."""
+        return self.work.all_volumes * self.vision.executed / self.hardware.flops / SHARE
+
+    @property
+    def sft_step_s(self) -> float:
+        return self.sft.ideal_s / self.shares[0]
+
+    @property
+    def devices(self) -> int:
+        """Devices that a GRPO step occupies."""
+        ray = self.config.ray
+        if ray.placement == "colocate" or not self.hardware.is_gpu:
+            return ray.num_workers if self.hardware.is_gpu else 1
+        return max(
+            2, math.ceil(ray.num_workers * ray.gpus_per_worker + ray.num_engines * ray.gpus_per_engine)
+        )
+
+
+def make_plan(config: Config, hardware: Hardware) -> Plan:
+    """Plan a recipe for a device.
+
+    Raises:
+        ConfigError: the model's sizes are not known, or `run_dir` holds records that cannot be read.
+        rl.data.layout.DataError: there is a dataset and it cannot be read.
+    """
+    sizes, work, past = model_sizes(config.model.path), workload(config), history(config)
+    language, grpo = sizes.language, config.grpo
+    longest = _shape(config, work, grpo.max_completion_length)
+    shape = _shape(config, work, past.completion) if past else longest
+    parts = microbatches(config, longest, math.ceil(grpo.volumes_per_step / config.ray.num_workers))
+    largest = max(parts, key=lambda part: longest.forest(part).tokens)
+    memory = {
+        checkpointing: trainer_memory(
+            language,
+            config.model.lora,
+            longest.forest(largest),
+            number_bytes=hardware.number_bytes,
+            checkpointing=checkpointing,
+            reference=grpo.beta > 0,
+        )
+        for checkpointing in (False, True)
+    }
+    engine = engine_memory(config, language, hardware, longest, grpo.questions_per_volume)
+    shares, said = _shares(past, hardware)
+    stored = {"auto": hardware.number_bytes, "float32": 4, "bfloat16": 2}[config.embed.dtype]
+    return Plan(
+        config=config,
+        hardware=hardware,
+        sizes=sizes,
+        work=work,
+        shape=shape,
+        vision=vision(sizes.vision, work.grid),
+        training=training(config, sizes, shape, hardware),
+        sampling=sampling(config, language, hardware, shape, engine),
+        sft=_sft(config, sizes, shape, hardware),
+        microbatch=largest,
+        memory=memory,
+        engine=engine,
+        cache_bytes=work.visual * sizes.vision.geometry.hidden_size * stored,
+        disk_free=_free(Path(config.embed.cache_dir).expanduser()),
+        shares=shares,
+        computed=_computed_share(config, past),
+        assumed=[*work.assumed, *said, *_left_out(config)],
+    )
+
+
+def _shape(config: Config, work: Workload, completion: float) -> TreeShape:
+    return TreeShape(work.visual + work.header, work.question, round(completion), config.grpo.num_generations)
+
+
+def microbatches(config: Config, shape: TreeShape, volumes: int) -> list[list[int]]:
+    """How GRPO cuts so many volumes into micro-batches: for each, its questions about each of its volumes."""
+    own = shape.question + shape.generations * shape.completion
+    owner = [v for v in range(volumes) for _ in range(config.grpo.questions_per_volume)]
+    groups = [GroupTokens(v, shape.volume, own) for v in owner]
+    parts = []
+    for part in within_budget(groups, config.grpo.max_tokens_per_microbatch):
+        in_part = [owner[i] for i in part]
+        parts.append([in_part.count(v) for v in dict.fromkeys(in_part)])
+    return parts
+
+
+def training(config: Config, sizes: ModelSizes, shape: TreeShape, hardware: Hardware) -> Training:
+    """Every group computed: forward, backward, the forward of the reference where there is one, all iterations."""
+    grpo, workers = config.grpo, config.ray.num_workers
+    ranks = [
+        _computed(
+            config,
+            sizes,
+            shape,
+            microbatches(config, shape, len(range(rank, grpo.volumes_per_step, workers))),
+        )
+        for rank in range(workers)
+    ]
+    passes = [
+        (there.times(grpo.num_iterations * (2 if grpo.beta else 1)), back.times(grpo.num_iterations))
+        for there, back in ranks
+    ]
+    return Training(
+        sum((there for there, _ in passes), Operations()),
+        sum((back for _, back in passes), Operations()),
+        max((there + back).executed for there, back in passes) / hardware.flops,
+    )
+
+
+def _sft(config: Config, sizes: ModelSizes, shape: TreeShape, hardware: Hardware) -> Training:
+    """One volume a forward, one completion a question, on one device."""
+    sft = config.sft
+    answered = replace(shape, generations=1)
+    there, back = _computed(config, sizes, answered, [[sft.questions_per_volume]] * sft.volumes_per_step)
+    return Training(there, back, (there + back).executed / hardware.flops)
+
+
+def _computed(
+    config: Config, sizes: ModelSizes, shape: TreeShape, parts: list[list[int]]
+) -> tuple[Operations, Operations]:
+    """Forward and backward of some micro-batches."""
+    language, model = sizes.language, config.model
+    forests = [shape.forest(part) for part in parts]
+    there = (forward(language, model.lora, forest) for forest in forests)
+    back = (
+        backward(language, model.lora, forest, checkpointing=model.gradient_checkpointing)
+        for forest in forests
+    )
+    return sum(there, Operations()), sum(back, Operations())
+
+
+def _computed_share(config: Config, past: History | None) -> float:
+    """Groups without signal are not computed, but under a KL term and "bnpo" (`rl.grpo`)."""
+    skips = not config.grpo.beta and config.grpo.loss_type != "bnpo"
+    return 1 - past.without_signal if past and skips else 1.0
+
+
+def _shares(past: History | None, hardware: Hardware) -> tuple[tuple[float, float], list[str]]:
+    """Shares of the peak, and where they and the completion length are from."""
+    if past is None:
+        said = "every completion takes grpo.max_completion_length tokens and every group has a signal"
+        return (SHARE, SHARE), [said, f"{SHARE:.0%} of the peak rates are reached"]
+    said = f"{past.completion:.0f} tokens a completion, as in {past.steps} steps of {past.folder}"
+    if not hardware.measured or past.device != hardware.name:
+        reached = f"{SHARE:.0%} of the peak rates are reached (that run was on {past.device})"
+        return (SHARE, SHARE), [said, reached]
+    ran = load_config(past.folder / "config.yaml")
+    sizes, work = model_sizes(ran.model.path), workload(ran)
+    shape = _shape(ran, work, past.completion)
+    engine = engine_memory(ran, sizes.language, hardware, shape, ran.grpo.questions_per_volume)
+    train_s = _computed_share(ran, past) * training(ran, sizes, shape, hardware).ideal_s
+    rollout_s = sampling(ran, sizes.language, hardware, shape, engine).ideal_s
+    shares = (train_s / past.train_s, rollout_s / past.rollout_s)
+    reached = f"{shares[0]:.0%} and {shares[1]:.0%} of the peak rates are reached in training and sampling, as there"
+    return shares, [said, reached + ("; above 100%: this machine is busy now" if max(shares) > 1 else "")]
+
+
+def _left_out(config: Config) -> list[str]:
+    """What of this recipe's time is not in the plan."""
+    found = []
+    if config.engine.kind != "vllm":
+        found.append(f"rollouts take as long as vLLM's (engine.kind is {config.engine.kind})")
+    if config.grpo.resample_rounds:
+        found.append("no question is drawn again (grpo.resample_rounds)")
+    if config.grpo.eval_steps:
+        found.append("validation takes no time (grpo.eval_steps)")
+    return found
+
+
+def _free(folder: Path) -> int | None:
+    """Bytes that a cache in this folder may have; None where neither it nor the folder above exists."""
+    place = next((p for p in (folder, folder.parent) if p.is_dir()), None)
+    if place is None:
+        return None
+    return shutil.disk_usage(place).free + sum(f.stat().st_size for f in folder.glob("*/*.safetensors"))

@@ -1,0 +1,168 @@
+"""Floating-point operations: 2 for each multiplication with a weight and the addition that follows.
+
+Attention is counted for the pairs of tokens that may see each other. What the packed forward computes beyond that (the
+masked half of causal attention, the padding of siblings) is kept apart: it costs time and is of no use.
+
+    forward           2 W a token, W the weights it is multiplied with; attention 4 H a pair and layer, H the width
+    backward          the same again for the gradient of the inputs; that of the frozen weights is not computed, so the
+                      usual factor of 2 holds for the adapter alone; attention 2.5 times, as its kernels compute the
+                      scores anew (FlashAttention-2, arXiv 2307.08691)
+    checkpointing     another forward of the layers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+from rl.config import LoraConfig
+from rl.plan.sizes import Language, Vision
+
+ATTENTION_BACKWARD = 2.5
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """FLOPs by part."""
+
+    linear: float = 0.0
+    """Linear layers of the decoder (or tower), adapter included."""
+    attention: float = 0.0
+    masked: float = 0.0
+    """Attention computed and then masked, or on padding."""
+    lm_head: float = 0.0
+
+    @property
+    def needed(self) -> float:
+        return self.linear + self.attention + self.lm_head
+
+    @property
+    def executed(self) -> float:
+        return self.needed + self.masked
+
+    def __add__(self, other: Operations) -> Operations:
+        return Operations(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def times(self, factor: float) -> Operations:
+        """For `factor` times the work."""
+        return Operations(*(factor * part for part in astuple(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Siblings:
+    """Children of one node of the prefix tree: their lengths in tokens, and that of the path they continue."""
+
+    path: int
+    lengths: tuple[int, ...]
+
+    @property
+    def pairs(self) -> float:
+        """A token and one that it may see."""
+        return sum(self.path * n + n * (n + 1) / 2 for n in self.lengths)
+
+    @property
+    def computed_pairs(self) -> int:
+        """Of the padded batch that `rl.packed` computes."""
+        longest = max(self.lengths)
+        return len(self.lengths) * longest * (self.path + longest)
+
+
+@dataclass(frozen=True, slots=True)
+class Forest:
+    """Prefix trees as the packed forward sees them."""
+
+    siblings: tuple[Siblings, ...]
+    scored: int
+    """Tokens of completions: those that the output layer predicts."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(sum(s.lengths) for s in self.siblings)
+
+
+@dataclass(frozen=True, slots=True)
+class TreeShape:
+    """Tokens of the parts of a prefix tree."""
+
+    volume: int
+    """Visual tokens and the text before them."""
+    question: int
+    completion: int
+    generations: int
+    """Completions of a question."""
+
+    def prompts(self, questions: Sequence[int]) -> Forest:
+        """Volumes that are asked so many questions each."""
+        asked = (Siblings(self.volume, (self.question,) * count) for count in questions)
+        return Forest((Siblings(0, (self.volume,) * len(questions)), *asked), scored=0)
+
+    def forest(self, questions: Sequence[int]) -> Forest:
+        """The same with all completions."""
+        prompt = self.volume + self.question
+        group = Siblings(prompt, (self.completion,) * self.generations)
+        groups = sum(questions)
+        return Forest(
+            (*self.prompts(questions).siblings, *(group,) * groups),
+            scored=groups * self.generations * self.completion,
+        )
+
+    def padded_tokens(self, questions: int) -> int:
+        """Of one row per completion, for a volume with so many questions."""
+        return questions * self.generations * (self.volume + self.question + self.completion)
+
+
+def forward(language: Language, lora: LoraConfig, forest: Forest) -> Operations:
+    """One packed forward."""
+    weights = language.layers * (language.layer_weights + language.lora_weights(lora))
+    a_pair = 4 * language.hidden * language.layers
+    pairs = sum(s.pairs for s in forest.siblings)
+    return Operations(
+        linear=2 * forest.tokens * weights,
+        attention=a_pair * pairs,
+        masked=a_pair * (sum(s.computed_pairs for s in forest.siblings) - pairs),
+        lm_head=2 * forest.scored * language.vocabulary * language.hidden,
+    )
+
+
+def backward(language: Language, lora: LoraConfig, forest: Forest, *, checkpointing: bool) -> Operations:
+    """The backward after `forward`, with what checkpointing computes again."""
+    there = forward(language, lora, forest)
+    adapter = 2 * forest.tokens * language.layers * language.lora_weights(lora)
+    back = Operations(
+        linear=there.linear + adapter,
+        attention=ATTENTION_BACKWARD * there.attention,
+        masked=ATTENTION_BACKWARD * there.masked,
+        lm_head=there.lm_head,
+    )
+    if checkpointing:
+        return back + Operations(there.linear, there.attention, there.masked)
+    return back + Operations(linear=-2 * forest.tokens * _first_weights(language, lora))
+
+
+def _first_weights(language: Language, lora: LoraConfig) -> int:
+    """Weights through which no gradient flows: the visual features and the embeddings are given.
+
+    (transformers makes them take one all the same when it checkpoints.)
+    """
+    shapes = {name: language.projections[name] for name in ("q_proj", "k_proj", "v_proj")}
+    ranks = dict.fromkeys(language.adapted(lora), lora.r)
+    return sum(rows * (columns + ranks.get(name, 0)) for name, (rows, columns) in shapes.items())
+
+
+def vision(tower: Vision, grid: tuple[int, int, int]) -> Operations:
+    """One volume through the tower; `grid`: its visual tokens along slices, rows, columns."""
+    frames, rows, columns = grid
+    patches = tower.geometry.merge_size**2
+    tokens = frames * rows * columns
+    whole = (rows * columns * patches) ** 2
+    windows = patches**2 * _squares(rows, tower.window) * _squares(columns, tower.window)
+    pairs = frames * (tower.full_blocks * whole + (tower.depth - tower.full_blocks) * windows)
+    return Operations(
+        linear=2 * tokens * (patches * tower.patch_weights + tower.merger_weights),
+        attention=4 * tower.hidden * pairs,
+    )
+
+
+def _squares(length: int, window: int) -> int:
+    """Sum of the squared lengths of the windows a line is cut into."""
+    return length // window * window**2 + (length % window) ** 2

@@ -1,0 +1,117 @@
+"""Memory of a training process and of an engine, in bytes.
+
+What autograd keeps of a decoder layer whose weights are frozen, a token (b: bytes of a number in the computation's
+format; the adapter and what goes into it are float32, copied when b is 2):
+
+    inputs of both norms          2 x 4 hidden
+    inputs of the adapters        4 x their width; in float32 projections that read the same tensor share it
+    outputs of their A            4 r
+    gate, SiLU of it, up          3 b intermediate
+
+and for each set of siblings, heads repeated and the path before every child: queries, keys, values, result and the mask
+as numbers. With checkpointing only the layers' inputs, and all this for one layer at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rl.config import LoraConfig
+from rl.plan.flops import Forest, Siblings
+from rl.plan.sizes import Language
+
+LOGIT_COPIES = 4
+"""Float32 tensors of tokens x vocabulary that exist at once in `rl.packed`: logits, log-probabilities, and two of the
+entropy."""
+ADAPTER_BYTES = 4 + 4 + 8
+"""Of a trained weight: itself, its gradient, AdamW's two moments, all float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerMemory:
+    """Peak of a training process, by part."""
+
+    weights: float
+    adapter: float
+    """With gradients and optimizer, and the frozen reference where there is one."""
+    kept: float
+    """Activations that wait for the backward of the largest micro-batch."""
+    layer: float
+    """What the backward of one layer needs beyond them."""
+    logits: float
+
+    @property
+    def resident(self) -> float:
+        """Between steps."""
+        return self.weights + self.adapter
+
+    @property
+    def peak(self) -> float:
+        """The logits are gone when the backward of the layers begins, but for their log-probabilities."""
+        return self.resident + self.kept + max(self.logits, self.layer)
+
+
+def trainer_memory(
+    language: Language,
+    lora: LoraConfig,
+    forest: Forest,
+    *,
+    number_bytes: int,
+    checkpointing: bool,
+    reference: bool,
+) -> TrainerMemory:
+    """Memory at the micro-batch `forest`; `reference`: a second, frozen adapter is kept."""
+    layer = kept_of_layer(language, lora, forest, number_bytes)
+    inputs = language.layers * forest.tokens * language.hidden * number_bytes
+    gradients = gradients_of_layer(language, forest, number_bytes)
+    adapter = language.layers * language.lora_weights(lora)
+    return TrainerMemory(
+        weights=language.parameters * number_bytes,
+        adapter=adapter * (ADAPTER_BYTES + 4 * reference),
+        kept=inputs if checkpointing else language.layers * layer,
+        layer=gradients + (layer if checkpointing else 0),
+        logits=LOGIT_COPIES * 4 * forest.scored * language.vocabulary,
+    )
+
+
+def kept_of_layer(language: Language, lora: LoraConfig, forest: Forest, number_bytes: int) -> float:
+    """What autograd keeps of one decoder layer."""
+    inputs = language.adapted(lora)
+    if number_bytes == 4:  # no copies: the same tensor is kept once
+        sources = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}
+        widths = {sources.get(name, name): rows for name, (rows, _) in inputs.items()}
+    else:
+        widths = {name: rows for name, (rows, _) in inputs.items()}
+    a_token = (
+        2 * 4 * language.hidden
+        + 4 * sum(widths.values())
+        + 4 * lora.r * len(inputs)
+        + 3 * number_bytes * language.intermediate
+    )
+    return forest.tokens * a_token + sum(
+        _kept_of_attention(language, s, number_bytes) for s in forest.siblings
+    )
+
+
+def _kept_of_attention(language: Language, s: Siblings, number_bytes: int) -> float:
+    rows = len(s.lengths) * max(s.lengths)
+    queries_and_results = rows * language.heads * (2 * language.head_size * number_bytes + 4)
+    return queries_and_results + 2 * _keys(language, s, number_bytes) + s.computed_pairs * number_bytes
+
+
+def _keys(language: Language, s: Siblings, number_bytes: int) -> float:
+    """Keys of a set of siblings, as attention gets them."""
+    longest = max(s.lengths)
+    return len(s.lengths) * (s.path + longest) * language.hidden * number_bytes
+
+
+def gradients_of_layer(language: Language, forest: Forest, number_bytes: int) -> float:
+    """The largest set of gradients that exists at once in the backward of a layer."""
+    attention = 2 * max(_keys(language, s, number_bytes) for s in forest.siblings)
+    mlp = forest.tokens * language.intermediate * (3 * number_bytes + 4 * (number_bytes != 4))
+    return max(attention, mlp)
+
+
+def kv_bytes(language: Language, number_bytes: int) -> int:
+    """Keys and values of one token in an engine's cache."""
+    return 2 * language.layers * language.kv_heads * language.head_size * number_bytes

@@ -1,0 +1,237 @@
+"""The plan of a recipe: what it is made from, what binds, and what a user reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from typer.testing import Result
+
+from rewards.ontology import QUESTIONS
+from rewards.types import Example, Truth
+from rl.config import Config, ConfigError, load_config, save_config
+from rl.data.layout import HEADER
+from rl.environment import describe_environment
+from rl.geometry import cache_bytes, vision_geometry
+from rl.model import load_tokenizer, resolve_model
+from rl.plan import hardware
+from rl.plan.estimate import SHARE, Plan, make_plan, microbatches, training
+from rl.plan.flops import TreeShape
+from rl.plan.hardware import Hardware, described, device_name, measured
+from rl.plan.limits import demands, limits
+from rl.plan.sizes import model_sizes
+from rl.plan.workload import _volume, workload
+from rollouts.prompts import PromptBuilder
+from rollouts.types import VolumeFeatures
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
+ONE_GPU = CONFIGS / "qwen2_5_vl_3b_1gpu.yaml"
+H200 = ("--peak-tflops", "989", "--memory-gb", "141")
+Cli = Callable[..., Result]
+
+
+def recipe(*overrides: str, path: Path = ONE_GPU) -> Config:
+    return load_config(path, list(overrides))
+
+
+def plan(*overrides: str, memory_gb: float = 141, bandwidth_gbs: float = 4800, path: Path = ONE_GPU) -> Plan:
+    config = recipe(*overrides, path=path)
+    return make_plan(config, described(config, 989, memory_gb, bandwidth_gbs))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_planned_without_weights_and_without_data(path: Path, cli: Cli) -> None:
+    result = cli("plan", "--config", path, *H200)
+    assert result.exit_code == 0, result.output
+    config, geometry = load_config(path), vision_geometry(load_config(path).model.path)
+    assert geometry is not None
+    assert f"{cache_bytes(config, geometry, 7_970) / 1e9:,.1f}" in result.output
+    for text in (
+        "7,970 volumes",
+        "training, backward",
+        "trainer, peak",
+        "GRPO, an epoch",
+        "binds: ",
+        "assumed: ",
+    ):
+        assert text in result.output
+
+
+def test_tokens_operations_and_time_follow_the_recipe() -> None:
+    small, large = plan("grpo.volumes_per_step=8"), plan("grpo.volumes_per_step=16")
+    assert large.training.whole.needed == pytest.approx(2 * small.training.whole.needed)
+    assert large.train_s == pytest.approx(2 * small.train_s)
+    assert large.memory == small.memory  # the micro-batch is the same
+    assert large.rollout_s > small.rollout_s
+    iterated = plan("grpo.num_iterations=3", "grpo.beta=0.1")
+    assert iterated.training.forward.needed == pytest.approx(6 * small.training.forward.needed)
+    assert iterated.training.backward.needed == pytest.approx(3 * small.training.backward.needed)
+    spread = plan("grpo.volumes_per_step=16", "ray.num_workers=2", "ray.num_engines=2")
+    assert spread.training.whole.needed == pytest.approx(large.training.whole.needed)
+    assert spread.train_s == pytest.approx(large.train_s / 2)
+    assert spread.devices == 2 * large.devices
+
+
+def test_a_volume_that_is_cut_into_two_micro_batches_is_computed_twice() -> None:
+    config = recipe("grpo.max_tokens_per_microbatch=16000")
+    shape = TreeShape(7_900, 130, 384, 8)
+    assert microbatches(config, shape, 1) == [[2], [2]]
+    assert microbatches(recipe(), shape, 2) == [[4], [4]]
+
+
+def test_decoding_is_bound_by_bandwidth_and_a_full_kv_cache_slows_it() -> None:
+    fast, slow = plan(bandwidth_gbs=1e9), plan(bandwidth_gbs=2000)
+    computed = fast.sampling.prefill.needed + fast.sampling.decoding.needed
+    assert fast.sampling.ideal_s == pytest.approx(computed / fast.hardware.flops)
+    assert slow.rollout_s > 2 * fast.rollout_s
+    cramped = plan("engine.gpu_memory_utilization=0.07", bandwidth_gbs=2000)
+    assert 0 < cramped.engine.sequences < slow.engine.sequences == slow.engine.wanted
+    assert cramped.rollout_s > slow.rollout_s
+
+
+def test_the_phases_of_a_step_share_a_gpu_as_the_placement_says() -> None:
+    asleep, awake = plan(), plan("engine.sleep=false")
+    trainer = asleep.memory[True]
+    assert demands(asleep) == {
+        "training": trainer.peak,
+        "sampling": trainer.resident + asleep.engine.share,
+    }
+    assert demands(awake)["training"] == trainer.peak + awake.engine.share
+    apart = plan("engine.sleep=false", "ray.placement=separate")
+    assert demands(apart) == {"training": trainer.peak, "sampling": apart.engine.share}
+    assert (asleep.devices, apart.devices) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "memory_gb", "words"),
+    [
+        ((), 141, "rollouts: "),
+        (("model.gradient_checkpointing=false",), 141, "set model.gradient_checkpointing=true"),
+        (("engine.sleep=false", "engine.gpu_memory_utilization=0.8"), 141, "set engine.sleep=true"),
+        ((), 40, "memory: training needs 39.6 GB of 38.0 GB; lower grpo.max_tokens_per_microbatch (24576)"),
+        (("grpo.max_tokens_per_microbatch=1",), 15, "lower grpo.num_generations"),
+        (("engine.gpu_memory_utilization=1",), 141, "sampling needs 147.7 GB"),
+        (("engine.gpu_memory_utilization=0.06",), 141, "memory: the KV cache holds "),
+    ],
+)
+def test_what_binds_is_said_with_a_remedy(overrides: tuple[str, ...], memory_gb: float, words: str) -> None:
+    assert words in "\n".join(limits(plan(*overrides, memory_gb=memory_gb)))
+
+
+def test_training_binds_where_engines_are_many_and_a_full_disk_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = ("ray.num_engines=8", "ray.placement=separate", "engine.sleep=false")
+    assert limits(plan(*many))[0].startswith("compute: training is ")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("usage", (), {"free": 10**9}))
+    (tmp_path / "cache" / "ab").mkdir(parents=True)
+    (tmp_path / "cache" / "ab" / "x.safetensors").write_bytes(b"0" * 1000)
+    full = plan(f"embed.cache_dir={tmp_path / 'cache'}")
+    assert full.disk_free == 10**9 + 1000
+    assert limits(full)[0].startswith("disk: the cache needs 256 GB and ")
+
+
+@pytest.mark.parametrize("reasoning", ["required", "none"])
+def test_text_is_counted_as_prompts_are_built(reasoning: str) -> None:
+    import torch
+
+    config = recipe(f"model.reasoning={reasoning}", path=CONFIGS / "demo.yaml")
+    config.data.question_ids = [7]
+    work = workload(config)
+    volume = _volume(config, Path("absent"), None)
+    example = Example("", volume, QUESTIONS[7], Truth({}, None), "", "00M", "right")
+    features = VolumeFeatures("", torch.empty(work.visual, 1), (1, 1, 1), 1.0)
+    prompt = PromptBuilder(load_tokenizer(resolve_model("builtin:base")), config.model.reasoning).build(  # type: ignore[arg-type]
+        example, features
+    )
+    assert work.visual == 288
+    assert len(prompt.volume_ids) == work.visual + work.header
+    assert len(prompt.question_ids) == work.question
+
+
+def finished_run(folder: Path, config: Config, steps: list[tuple[float, float, float, float]]) -> None:
+    """A GRPO run of so many tokens a completion, share of groups without signal, seconds of training and rollouts."""
+    names = ("completion_length", "groups_without_signal", "seconds/train", "seconds/rollout")
+    (folder / "grpo").mkdir(parents=True)
+    records = [dict(zip(names, step, strict=True)) for step in steps]
+    lines = [json.dumps({"step": 0, "reward": 1.0}), *map(json.dumps, records)]
+    (folder / "grpo" / "metrics.jsonl").write_text("\n".join(lines))
+    (folder / "grpo" / "environment.json").write_text(json.dumps(describe_environment()))
+    save_config(config, folder / "grpo" / "config.yaml")
+
+
+def test_a_run_in_run_dir_says_how_long_completions_are_and_how_fast_the_machine_is(tmp_path: Path) -> None:
+    given = [f"run_dir={tmp_path}", "model.device=cpu"]
+    config = recipe(*given, path=CONFIGS / "smoke.yaml")
+    name = device_name(describe_environment(), is_gpu=False)
+    cpu = Hardware(name, 1e11, 1e10, 2e10, is_gpu=False, measured=True, dtype="float32")
+    finished_run(tmp_path, config, [(90, 0.0, 50.0, 50.0), (40, 0.25, 2.0, 4.0)])
+    found = make_plan(config, cpu)
+    assert (found.shape.completion, found.computed) == (40, 0.75)
+    assert (found.train_s, found.rollout_s) == (
+        pytest.approx(2.0),
+        pytest.approx(4.0),
+    )  # the same recipe again
+    longer = make_plan(recipe(*given, "grpo.volumes_per_step=4", path=CONFIGS / "smoke.yaml"), cpu)
+    assert longer.train_s == pytest.approx(4.0, rel=0.01)
+    elsewhere = make_plan(config, replace(cpu, name="another"))
+    assert elsewhere.shares == (SHARE, SHARE)
+    assert elsewhere.shape.completion == 40
+    assert "that run was on CPU" in elsewhere.assumed[-1]
+    (tmp_path / "grpo" / "metrics.jsonl").write_text('{"completion_length": 3}')
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: not the records of a GRPO run.*another run_dir"):
+        make_plan(config, cpu)
+
+
+def test_the_dataset_is_counted_where_it_is(tmp_path: Path) -> None:
+    """Volumes by the split files, their slices by the first volume, each asked every question."""
+    (tmp_path / "split_files").mkdir()
+    nibabel.save(nibabel.Nifti1Image(np.ones((40, 48, 7), np.float32), np.eye(4)), tmp_path / "0.nii.gz")
+    rows = [f"{i},00M,s,{i},1,p,{i}.nii.gz," for i in range(3)]
+    for split, found in (("train", rows), ("test", rows[:1])):
+        lines = [",".join(HEADER), *found]
+        (tmp_path / "split_files" / f"{split}_split.csv").write_text("\n".join(lines))
+    found = workload(recipe(f"data.root={tmp_path}", "data.question_ids=[1,16]"))
+    assert found.volumes == {"train": 3, "test": 1}
+    assert (found.questions, found.grid) == (2, (2, 14, 14))
+    assert "every volume in " in found.assumed[0]
+
+
+def test_the_machine_at_hand_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "_SECONDS", 0.05)
+    found = measured(recipe("model.device=cpu", "model.dtype=auto"))
+    assert (found.dtype, found.is_gpu, found.measured) == ("float32", False, True)
+    assert 1e8 < found.flops < 1e14
+    assert 1e7 < found.bandwidth < 1e13
+    assert found.memory > 1e8
+
+
+def test_a_machine_is_described_whole_or_not_at_all(refusal: Callable[..., str]) -> None:
+    given = ("plan", "--config", ONE_GPU)
+    assert "--peak-tflops and --memory-gb together" in refusal(*given, "--peak-tflops", "989", code=2)
+    assert "together" in refusal(*given, "--bandwidth-gbs", "4800", code=2)
+    assert "--memory-gb is -1.0: it must be greater than 0" in refusal(
+        *given, "--peak-tflops", "9", "--memory-gb", "-1"
+    )
+
+
+def test_without_a_gpu_the_plan_of_one_asks_for_its_numbers(
+    refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "--peak-tflops and --memory-gb (an H200: 989 and 141)" in refusal("plan", "--config", ONE_GPU)
+
+
+def test_the_time_of_training_is_that_of_the_busiest_rank() -> None:
+    config = recipe("grpo.volumes_per_step=3", "ray.num_workers=2", "ray.num_engines=2")
+    gpu = described(config, 1, 1, 1)
+    shape = TreeShape(100, 10, 20, 8)
+    whole = training(config, model_sizes(config.model.path), shape, gpu)
+    assert whole.ideal_s * gpu.flops == pytest.approx(whole.whole.executed * 2 / 3, rel=0.05)
