@@ -60,6 +60,16 @@ def test_a_command_of_the_readme_is_understood_with_its_recipe_and_settings(
     assert loaded
 
 
+def test_the_plan_in_the_readme_is_the_one_that_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    (shown,) = re.findall(r"```text\n(Qwen/.*?)```", README, re.DOTALL)
+    (command,) = [line for line in COMMANDS if line.startswith("reasonknee plan ")]
+    monkeypatch.chdir(ROOT)
+    printed = (
+        CliRunner().invoke(rl.cli.app, command.split()[1:], env={"COLUMNS": "100", "TERM": "dumb"}).output
+    )
+    assert [line.rstrip() for line in printed.splitlines()] == shown.splitlines()
+
+
 def test_every_command_named_in_prose_has_help() -> None:
     named = set(re.findall(r"`reasonknee ((?:data )?[a-z]+)", PROSE))
     stages = re.search(r"`reasonknee STAGE --config [^:]*`: ((?:`[a-z]+`,?\s*)+)", README)
