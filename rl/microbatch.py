@@ -1,9 +1,18 @@
-"""Which groups are computed together, by their numbers of tokens alone."""
+"""What is computed together, by numbers of tokens alone."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+
+LOGITS_AT_ONCE = 2**27
+"""Most logits of completion tokens in memory (0.5 GiB). Where there are more (a real vocabulary has 150,000 entries),
+they are made in parts, and made again in the backward pass."""
+
+
+def scored_at_once(vocabulary: int) -> int:
+    """Completion tokens whose logits are made together."""
+    return max(1, LOGITS_AT_ONCE // vocabulary)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,10 +29,9 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rl.microbatch import scored_at_once
+
 ATTENTION_NAME = "packed_tree"
-LOGITS_AT_ONCE = 2**27
-"""Most logits of completion tokens in memory (0.5 GiB). Where there are more (a real vocabulary has 150,000 entries),
-they are made in parts, and made again in the backward pass."""
 
 
 @dataclass
@@ -302,7 +301,7 @@ class PackedPolicy(nn.Module):
             logps_N_T (0 where there is no token), entropies_N_T (without gradient), both float32.
         """
         hidden_n_H, targets_n = self._predictors(batch), batch.targets_N_T[batch.mask_N_T]
-        rows = max(1, LOGITS_AT_ONCE // self.causal_lm.lm_head.out_features)
+        rows = scored_at_once(self.causal_lm.lm_head.out_features)
         parts = zip(hidden_n_H.split(rows), targets_n.split(rows), strict=True)
         if len(targets_n) <= rows:
             scored = [self._score(hidden, targets, temperature) for hidden, targets in parts]

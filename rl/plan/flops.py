@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from rl.config import LoraConfig
+from rl.microbatch import scored_at_once
 from rl.plan.sizes import Language, Vision
 
 ATTENTION_BACKWARD = 2.5
@@ -128,11 +129,12 @@ def backward(language: Language, lora: LoraConfig, forest: Forest, *, checkpoint
     """The backward after `forward`, with what checkpointing computes again."""
     there = forward(language, lora, forest)
     adapter = 2 * forest.tokens * language.layers * language.lora_weights(lora)
+    in_parts = forest.scored > scored_at_once(language.vocabulary)  # then the logits are made again
     back = Operations(
         linear=there.linear + adapter,
         attention=ATTENTION_BACKWARD * there.attention,
         masked=ATTENTION_BACKWARD * there.masked,
-        lm_head=there.lm_head,
+        lm_head=there.lm_head * (2 if in_parts else 1),
     )
     if checkpointing:
         return back + Operations(there.linear, there.attention, there.masked)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rl.config import LoraConfig
+from rl.microbatch import scored_at_once
 from rl.plan.flops import Forest, Siblings
 from rl.plan.sizes import Language
 
@@ -70,7 +71,10 @@ def trainer_memory(
         adapter=adapter * (ADAPTER_BYTES + 4 * reference),
         kept=inputs if checkpointing else language.layers * layer,
         layer=gradients + (layer if checkpointing else 0),
-        logits=LOGIT_COPIES * 4 * forest.scored * language.vocabulary,
+        logits=LOGIT_COPIES
+        * 4
+        * min(forest.scored, scored_at_once(language.vocabulary))
+        * language.vocabulary,
     )
 
 

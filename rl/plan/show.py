@@ -85,7 +85,6 @@ def _columns(part: Operations) -> tuple[float, ...]:
 
 def _memory(plan: Plan) -> Rows:
     both = (plan.memory[True], plan.memory[False])
-    tokens = plan.shape.generations * plan.config.grpo.max_completion_length
 
     def row(name: str, value: str) -> tuple[str, ...]:
         return name, *(_gb(getattr(memory, value)) for memory in both)
@@ -102,7 +101,7 @@ def _memory(plan: Plan) -> Rows:
         row("adapter, gradients, AdamW", "adapter"),
         row("activations that wait for the backward", "kept"),
         row("backward of one layer", "layer"),
-        row(f"logits, float32, {sum(plan.microbatch) * tokens:,} tokens", "logits"),
+        row("logits, float32, as many as are made at once", "logits"),
         ("trainer, peak", *(f"{_gb(m.peak)}{'  <' if chosen(m) else ''}" for m in both)),
         alone("engine", engine.share),
         alone("  its weights", engine.weights),

@@ -161,7 +161,7 @@ def test_logits_in_parts_give_the_same_log_probabilities_entropies_and_gradients
     monkeypatch.setattr(
         policy, "_score", lambda hidden, *rest: seen.append(len(hidden)) or score(hidden, *rest)
     )
-    monkeypatch.setattr("rl.packed.LOGITS_AT_ONCE", 4 * policy.causal_lm.lm_head.out_features)
+    monkeypatch.setattr("rl.microbatch.LOGITS_AT_ONCE", 4 * policy.causal_lm.lm_head.out_features)
     parts = outcome()
     assert seen[:4] == [4, 4, 4, 3]
     assert len(seen) == 8  # once more in the backward pass

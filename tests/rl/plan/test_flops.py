@@ -82,11 +82,20 @@ def test_the_forward_is_counted_exactly(
     assert expected.needed < expected.executed
 
 
+@pytest.mark.parametrize("logits_in_parts", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_backward_is_counted(
-    policy: PackedPolicy, sizes: ModelSizes, lora: LoraConfig, batch: PackedBatch, checkpointing: bool
+    policy: PackedPolicy,
+    sizes: ModelSizes,
+    lora: LoraConfig,
+    batch: PackedBatch,
+    checkpointing: bool,
+    logits_in_parts: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Exactly, but for half of a layer's last adapter, which checkpointing need not compute again."""
+    if logits_in_parts:
+        monkeypatch.setattr("rl.microbatch.LOGITS_AT_ONCE", 10 * sizes.language.vocabulary)
     if checkpointing:
         policy.language_model.gradient_checkpointing_enable({"use_reentrant": False})
     logps_N_T, _ = policy.train()(batch)
