@@ -29,8 +29,9 @@ from rewards.boxes import Box3D
 from rewards.ontology import QUESTIONS
 from rewards.reading import format_answer
 from rewards.types import Example, Truth, VolumeRef
-from rl.bench.answers import AnswerRow, RunMeta, answer_row, read_run, write_run
+from rl.bench.answers import AnswerRow, answer_row, read_run, write_run
 from rl.bench.compare import check_same_items, compare_graded
+from rl.bench.meta import RunMeta
 from rl.bench.metrics import grade_run, tables
 from rl.config import CompareConfig
 

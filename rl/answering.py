@@ -10,7 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from rewards.types import Example
-from rl.bench.answers import AnswerRow, RunMeta, answer_row
+from rl.bench.answers import AnswerRow, answer_row
+from rl.bench.meta import RunMeta
 from rl.choices import image_of, reader_of, reasoning_of, split_of
 from rl.config import Config
 from rl.data.examples import Examples, load_examples

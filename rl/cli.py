@@ -196,7 +196,7 @@ def compare(
     rest: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[C ...] [key=value ...]",
+            metavar="[C]... [key=value]...",
             help="More arms to compare with A, and settings of the recipe to override.",
         ),
     ] = None,

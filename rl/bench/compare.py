@@ -15,7 +15,7 @@ import polars as pl
 from scipy.stats import norm
 
 from rewards.errors import ReasonKneeError
-from rl.bench.answers import HASHED, BenchRun, RunMeta, settings_words
+from rl.bench.answers import HASHED, BenchRun
 from rl.bench.endpoints import (
     MEASURES,
     OVERALL,
@@ -35,6 +35,7 @@ from rl.bench.intervals import (
     percentile_interval,
     resample,
 )
+from rl.bench.meta import RunMeta, settings_words
 from rl.bench.metrics import Graded, grade_run, on_equal_terms
 from rl.config import CompareConfig
 

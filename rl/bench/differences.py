@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rl.bench.answers import settings_words
 from rl.bench.arms import ArmComparison, correction, p_words, pairs_of
 from rl.bench.compare import (
     MEASURE_NAMES,
@@ -19,6 +18,7 @@ from rl.bench.compare import (
 )
 from rl.bench.endpoints import SAME_COLUMNS
 from rl.bench.intervals import Interval
+from rl.bench.meta import settings_words
 from rl.bench.seeds import MIN_SEEDS, SeedSummary
 from rl.bench.views import Row, TableView
 

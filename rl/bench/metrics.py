@@ -23,9 +23,10 @@ from rewards.functions import rule_violations
 from rewards.ontology import QUESTIONS, Question
 from rewards.reading import read_answer
 from rewards.types import Answer, Example, Problem
-from rl.bench.answers import BATCH, ERROR, MISSING, BenchRun, RunMeta, examples_of, row_truth
+from rl.bench.answers import BATCH, ERROR, MISSING, BenchRun, examples_of, row_truth
 from rl.bench.endpoints import Cell, count, endpoints, grades_of, value
 from rl.bench.further import by_attribute, further_measures, recall_per_grade
+from rl.bench.meta import RunMeta
 
 ATTRIBUTE_SCORES = {"attribute_id": pl.Int64(), "truth": pl.Int64(), "predicted": pl.Int64()}
 ITEM_COLUMNS = ("example_id", "item_hash", "patient_id", "volume_id", "question_id", "finish_reason")

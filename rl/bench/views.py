@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rl.bench import published
-from rl.bench.answers import RunMeta, settings_words
 from rl.bench.baselines import BASELINE_MODEL, PRIOR_MODEL
 from rl.bench.endpoints import CATEGORIES, OVERALL, TABLE2_COLUMNS, TABLE3_COLUMNS, Cell
 from rl.bench.further import IOU_BARS
+from rl.bench.meta import RunMeta, settings_words
 from rl.bench.metrics import Tables
 
 EMPTY = "empty"

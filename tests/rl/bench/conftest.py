@@ -12,7 +12,8 @@ from rewards.boxes import Box3D
 from rewards.ontology import QUESTIONS
 from rewards.reading import format_answer
 from rewards.types import Example, Truth, VolumeRef
-from rl.bench.answers import BenchRun, RunMeta, answer_row, make_run
+from rl.bench.answers import BenchRun, answer_row, make_run
+from rl.bench.meta import RunMeta
 
 SHAPE = (16, 48, 40)
 
