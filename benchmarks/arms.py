@@ -32,16 +32,22 @@ class Arm:
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, args))
         self._process.start()
+        theirs.close()  # or the death of the process would not be noticed
         self._connection.recv()
 
     def ask(self, *request: Any) -> Timed:
-        """Call the arm's function."""
+        """Call the arm's function.
+
+        Raises:
+            EOFError: the process has died; most often it was killed for the memory it took.
+        """
         self._connection.send(request)
         return Timed(*self._connection.recv())
 
     def stop(self) -> None:
         """End the process."""
-        self._connection.send(None)
+        if self._process.is_alive():
+            self._connection.send(None)
         self._process.join()
 
 

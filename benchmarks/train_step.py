@@ -41,10 +41,17 @@ def fastest(arm: str, work: Work, threads: int) -> tuple[int, Arm]:
     seconds = {}
     for batch in (b for b in BATCHES if work.generations % b == 0):
         candidate = Arm(make_step, arm, threads, work, batch)
-        candidate.ask("step")
-        seconds[batch] = candidate.ask("step").seconds
-        candidate.stop()
+        try:
+            candidate.ask("step")
+            seconds[batch] = candidate.ask("step").seconds
+        except EOFError:
+            print(f"  {arm} at {batch} rows a forward: killed, most likely for its memory", flush=True)
+            break
+        finally:
+            candidate.stop()
         print(f"  {arm} at {batch} rows a forward: {seconds[batch]:.2f} s", flush=True)
+    if not seconds:
+        raise SystemExit(f"{arm} does not fit into memory with a single row")
     best = min(seconds, key=seconds.__getitem__)
     return best, Arm(make_step, arm, threads, work, best)
 
