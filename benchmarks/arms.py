@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Callable
@@ -46,7 +47,7 @@ class Arm:
 
     def stop(self) -> None:
         """End the process."""
-        if self._process.is_alive():
+        with contextlib.suppress(BrokenPipeError):  # it has died already
             self._connection.send(None)
         self._process.join()
 
