@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from rewards.suite import RewardRow
 from rl.errors import staged
+from rl.microbatch import GroupTokens, within_budget
 from rl.task import Task
 from rollouts.types import Group
 
@@ -103,3 +105,25 @@ def reward_metrics(table: pl.DataFrame) -> dict[str, float]:
 
 def _mean(column: pl.Series) -> float:
     return float(column.cast(pl.Float64).drop_nulls().to_numpy().mean())
+
+
+def packed_advantages(scored: list[ScoredGroup]) -> torch.Tensor:
+    """advantages_N_T of the groups' completions, or [N, 1] where all tokens of a completion have the same."""
+    if not any(s.token_advantages for s in scored):
+        return torch.cat([s.advantages_G for s in scored])[:, None]
+    return pad_sequence([a for s in scored for a in s.token_advantages], batch_first=True)
+
+
+def microbatches(scored: list[ScoredGroup], budget: int) -> Iterator[list[ScoredGroup]]:
+    """Split groups into parts of at most `budget` tokens, never a group; a volume's tokens count once per part."""
+    prompts = [s.group.prompt for s in scored]
+    sizes = [
+        GroupTokens(
+            volume=prompt.features.key,
+            shared=len(prompt.volume_ids),
+            own=len(prompt.question_ids) + sum(len(r.token_ids) for r in s.group.rollouts),
+        )
+        for prompt, s in zip(prompts, scored, strict=True)
+    ]
+    for part in within_budget(sizes, budget):
+        yield [scored[i] for i in part]

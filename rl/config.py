@@ -207,13 +207,17 @@ class GRPOConfig:
     2503.14476). `groups_drawn` in the metrics counts what was sampled for it."""
     num_iterations: int = 1
     """Optimizer passes over one batch of rollouts."""
+    overlap: bool = False
+    """Let the engine answer the next step's questions while this step's are trained on: faster where they share no
+    device, and one update off-policy, which the importance correction makes up for."""
     temperature: float = 1.0
     max_completion_length: int = 128
     """Tokens per completion, end-of-turn token included."""
     mask_truncated_completions: bool = True
     """Leave completions that hit the length limit out of the loss."""
     importance_correction: str = "auto"
-    """Engine-against-trainer correction: none | token_truncate | auto (token_truncate in bf16, none in fp32)."""
+    """Engine-against-trainer correction: none | token_truncate | auto (token_truncate in bf16 and with `overlap`, else
+    none)."""
     importance_cap: float = 3.0
     """Upper bound of the engine-against-trainer ratio."""
     balance: bool = True

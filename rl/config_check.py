@@ -243,6 +243,17 @@ def _grpo(config: Config) -> Iterator[str]:
             f"grpo.scale_rewards is {grpo.scale_rewards!r} with normalize_then_sum, which divides by the standard "
             "deviation of the batch: set grpo.scale_rewards to 'batch'"
         )
+    if grpo.overlap and grpo.importance_correction == "none":
+        yield (
+            "grpo.importance_correction is 'none' with grpo.overlap, whose rollouts are one update old: set 'auto'"
+        )
+    if grpo.overlap and grpo.resample_rounds:
+        yield (
+            f"grpo.resample_rounds is {grpo.resample_rounds} with grpo.overlap: further draws would wait for the "
+            "engine, which is busy with the next step; set the one to 0 or the other to false"
+        )
+    if grpo.overlap and config.engine.sleep:
+        yield "engine.sleep is true with grpo.overlap, where the engine works while the trainer does: set one to false"
     if grpo.warmup_steps >= grpo.max_steps:
         yield f"grpo.warmup_steps is {grpo.warmup_steps}: it must be below grpo.max_steps ({grpo.max_steps})"
 

@@ -17,11 +17,11 @@ from rewards.reading import format_answer
 from rewards.suite import RewardSuite
 from rl.choices import reasoning_of
 from rl.config import Config
-from rl.grpo import group_seed
 from rl.sft import train_sft
 from rl.task import Task
 from rl.training import write_atomically
 from rollouts.prompts import question_text
+from rollouts.requests import group_seed
 from rollouts.types import Engine, Sampling
 
 SFT_CONTINUED, BEST_OF_G = "SFT continued", "SFT on best of G"

@@ -14,6 +14,8 @@ Departures from the textbook:
   (`rl.training.clip_gradients`).
 - Every batch is an agreement probe: the trainer's log-probabilities of fresh rollouts are compared with the
   engine's before the weights move (`rl.probe`).
+- With `overlap` the rollouts come from the weights of one update ago (`rl.generation`): each token's gradient is
+  multiplied by its truncated importance ratio, and the probe puts those weights back to compare.
 """
 
 from __future__ import annotations
@@ -21,26 +23,26 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from torch.nn.utils.rnn import pad_sequence
 
 from rl.completions import (
     ScoredGroup,
     completion_records,
     completion_table,
+    microbatches,
+    packed_advantages,
     reward_metrics,
     write_completions,
 )
 from rl.config import Config, ConfigError
+from rl.generation import Generation
 from rl.loss import LossInputs, LossSettings, StepTotals, grpo_loss
-from rl.microbatch import GroupTokens, within_budget
-from rl.model import disable_dropout, load_policy, reference_adapter, save_adapter, trainable
+from rl.model import disable_dropout, load_policy, reference_adapter, save_adapter, trainable, weights_of
 from rl.packed import PackedBatch, pack
 from rl.probe import Agreement, measure_agreement, require_agreement, sampler_logps
 from rl.scoring import Scorer
@@ -58,8 +60,7 @@ from rl.training import (
     write_atomically,
 )
 from rl.validation import Best, Validation
-from rollouts.requests import group_seed
-from rollouts.types import Engine, Group, Sampling
+from rollouts.types import Engine
 
 PER_TOKEN = {"entropy": "entropy", "kl": "kl", "clip_ratio": "clipped", "importance_ratio": "importance"}
 """Metrics that are means over the tokens of the loss, and the sums they are made from."""
@@ -105,7 +106,9 @@ class GRPOTrainer:
         self.task = Task(config, "train")
         self.scorer = Scorer(config, self.task)
         self.validation = Validation(config) if self.settings.eval_steps else None
-        self.sampler = self.task.sampler(config.seed, balance=self.settings.balance)
+        self.generation = Generation(config, self.task, engine, accelerator)
+        self._behind: list[torch.Tensor] | None = None
+        """Trainable weights that sampled the coming step's rollouts, where they are not the present ones."""
         checkpoint = last_checkpoint(self.folder / "checkpoints")
         sft_adapter = Path(self.settings.init_adapter or Path(config.run_dir) / "sft" / "adapter")
         if not sft_adapter.is_dir():
@@ -135,18 +138,26 @@ class GRPOTrainer:
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step. Returns its record (on rank 0; empty elsewhere)."""
         watch = Stopwatch()
-        scored, drawn = self._scored_groups(step, watch)
-        lr = float(self.schedule.get_last_lr()[0])
-        sums, agreement = self._update(scored)
-        self.schedule.step()
-        watch.lap("seconds/train")
-        self._publish()
-        watch.lap("seconds/sync")
-        record = self._record(step, scored, {**sums, "lr": lr, "drawn": drawn}, agreement, watch)
-        self._move_schedules(record)
         done = step + 1
         last = done == self.settings.max_steps
-        if self.validation and (done % self.settings.eval_steps == 0 or last):
+        validates = self.validation and (done % self.settings.eval_steps == 0 or last)
+        scored, drawn = self._scored_groups(step, watch)
+        behind, self._behind = self._behind, None
+        if self.settings.overlap and not last:
+            self._publish()
+            self._behind = [p.detach().clone() for p in trainable(self.policy)]
+            self.generation.draw_ahead(done)
+            watch.lap("seconds/sync")
+        lr = float(self.schedule.get_last_lr()[0])
+        sums, agreement = self._update(scored, behind)
+        self.schedule.step()
+        watch.lap("seconds/train")
+        if not self.settings.overlap or validates or last:
+            self._publish()
+            watch.lap("seconds/sync")
+        record = self._record(step, scored, {**sums, "lr": lr, "drawn": drawn}, agreement, watch)
+        self._move_schedules(record)
+        if self.validation and validates:
             record |= self._validate(self.validation, done)
         if self.run:
             self.run.log(record)
@@ -191,25 +202,22 @@ class GRPOTrainer:
         return scored, drawn
 
     def _draw(self, step: int, volumes: int, watch: Stopwatch, again: int = 0) -> list[ScoredGroup]:
-        groups = self._rollouts(step, volumes, again)
+        groups = None if again else self.generation.was_ahead(step)
+        if groups is None:
+            groups = self.generation.draw(step, volumes, again)
         watch.lap("seconds/rollout")
         scored = self.scorer.score(groups)
         watch.lap("seconds/reward")
         return scored
 
-    def _rollouts(self, step: int, volumes: int, again: int = 0) -> list[tuple[int, Group]]:
-        """This rank's share of the questions drawn, answered G times each; questions of one volume together."""
-        settings, rank = self.settings, self.accelerator.process_index
-        chosen = self.sampler.draw(step, volumes, settings.questions_per_volume, again)
-        indices = [i for questions in chosen[rank :: self.accelerator.num_processes] for i in questions]
-        prompts = [self.task.prompt(i, settings.max_completion_length) for i in indices]
-        seeds = [group_seed(self.config.seed, step, prompt.example_id) for prompt in prompts]
-        sampling = Sampling(temperature=settings.temperature, max_tokens=settings.max_completion_length)
-        groups = self.engine.generate(prompts, settings.num_generations, sampling, seeds) if prompts else []
-        return list(zip(indices, groups, strict=True))
+    def _update(
+        self, scored: list[ScoredGroup], behind: list[torch.Tensor] | None = None
+    ) -> tuple[dict[str, float], Agreement]:
+        """All optimizer passes over the step's rollouts. Returns metric sums over this rank's tokens.
 
-    def _update(self, scored: list[ScoredGroup]) -> tuple[dict[str, float], Agreement]:
-        """All optimizer passes over the step's rollouts. Returns metric sums over this rank's tokens."""
+        Args:
+            behind: the trainable weights that sampled the rollouts; None: the present ones.
+        """
         shared = {field.name: getattr(self.settings, field.name) for field in fields(LossSettings)}
         loss_settings = LossSettings(**shared)
         skips = not self.settings.beta and self.settings.loss_type != "bnpo"
@@ -227,11 +235,14 @@ class GRPOTrainer:
                 torch.autograd.backward(loss)
                 for name, value in metrics.items():
                     sums[name] = sums.get(name, 0.0) + value
-                if iteration == 0:
+                if iteration == 0 and behind is None:
                     agreement = agreement.merge(seen)
             if iteration == 0:  # before the weights move
-                agreement = agreement.over_ranks(self.accelerator)
-                require_agreement(agreement, self.settings, self.policy, self.task, scored)
+                with weights_of(self.policy, behind):
+                    if behind is not None:
+                        agreement = self._agreement(batches[:1])
+                    agreement = agreement.over_ranks(self.accelerator)
+                    require_agreement(agreement, self.settings, self.policy, self.task, scored)
             sums["grad_norm"] = clip_gradients(
                 trainable(self.policy), self.settings.max_grad_norm, self.accelerator
             )
@@ -266,11 +277,21 @@ class GRPOTrainer:
         seen = measure_agreement(logps_N_T.detach(), micro.sampler_logps_N_T, micro.batch.mask_N_T)
         return loss, metrics, seen
 
+    @torch.no_grad()
+    def _agreement(self, batches: list[MicroBatch]) -> Agreement:
+        agreement = Agreement.none()
+        for micro in batches:
+            logps_N_T, _ = self.policy(micro.batch, self.settings.temperature)
+            agreement = agreement.merge(
+                measure_agreement(logps_N_T, micro.sampler_logps_N_T, micro.batch.mask_N_T)
+            )
+        return agreement
+
     @property
     def _corrects_importance(self) -> bool:
         choice = self.settings.importance_correction
-        half_precision = self.policy.language_model.dtype != torch.float32
-        return choice == "token_truncate" or (choice == "auto" and half_precision)
+        differs = self.settings.overlap or self.policy.language_model.dtype != torch.float32
+        return choice == "token_truncate" or (choice == "auto" and differs)
 
     def _pack(self, scored: list[ScoredGroup]) -> MicroBatch:
         rollouts = [r for s in scored for r in s.group.rollouts]
@@ -282,7 +303,7 @@ class GRPOTrainer:
         counts_N = torch.tensor([self._counts(r.finish_reason) for r in rollouts], device=device)
         return MicroBatch(
             batch=batch,
-            advantages_N_T=_packed_advantages(scored).to(device),
+            advantages_N_T=packed_advantages(scored).to(device),
             mask_N_T=batch.mask_N_T & counts_N[:, None],
             sampler_logps_N_T=sampler_logps(rollouts, batch),
         )
@@ -315,6 +336,8 @@ class GRPOTrainer:
 
     def _publish(self) -> None:
         """Give the engine the new adapter; no rank goes on before the engine answers with it."""
+        self.generation.wait()
+        self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             save_adapter(self.policy, self.folder / "adapter")
             self.engine.load_adapter(self.folder / "adapter")
@@ -354,25 +377,3 @@ class GRPOTrainer:
         record |= {"agreement/max": agreement.largest, "agreement/mean": agreement.mean, **watch.seconds}
         record["seconds"] = sum(watch.seconds.values())
         return record
-
-
-def _packed_advantages(scored: list[ScoredGroup]) -> torch.Tensor:
-    """advantages_N_T, or [N, 1] where all tokens of a completion have the same."""
-    if not any(s.token_advantages for s in scored):
-        return torch.cat([s.advantages_G for s in scored])[:, None]
-    return pad_sequence([a for s in scored for a in s.token_advantages], batch_first=True)
-
-
-def microbatches(scored: list[ScoredGroup], budget: int) -> Iterator[list[ScoredGroup]]:
-    """Split groups into parts of at most `budget` tokens, never a group; a volume's tokens count once per part."""
-    prompts = [s.group.prompt for s in scored]
-    sizes = [
-        GroupTokens(
-            volume=prompt.features.key,
-            shared=len(prompt.volume_ids),
-            own=len(prompt.question_ids) + sum(len(r.token_ids) for r in s.group.rollouts),
-        )
-        for prompt, s in zip(prompts, scored, strict=True)
-    ]
-    for part in within_budget(sizes, budget):
-        yield [scored[i] for i in part]

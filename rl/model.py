@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
@@ -125,3 +126,20 @@ def reference_adapter(policy: PackedPolicy) -> Iterator[None]:
         yield
     finally:
         policy.model.set_adapter("default")
+
+
+@contextmanager
+def weights_of(policy: PackedPolicy, weights: Sequence[torch.Tensor] | None) -> Iterator[None]:
+    """Within it the trainable parameters have these values, in the order of `trainable`; None changes nothing."""
+    if weights is None:
+        yield
+        return
+    parameters = trainable(policy)
+    present = [p.data for p in parameters]
+    for parameter, value in zip(parameters, weights, strict=True):
+        parameter.data = value
+    try:
+        yield
+    finally:
+        for parameter, value in zip(parameters, present, strict=True):
+            parameter.data = value

@@ -76,6 +76,13 @@ class Plan:
         return self.sampling.ideal_s / self.shares[1]
 
     @property
+    def step_s(self) -> float:
+        """A whole GRPO step: one after the other, or both at once on devices of their own (`grpo.overlap`)."""
+        if self.config.grpo.overlap and self.hardware.is_gpu and self.config.ray.placement == "separate":
+            return max(self.train_s, self.rollout_s)
+        return self.train_s + self.rollout_s
+
+    @property
     def embed_s(self) -> float:
         """Seconds for all volumes on one device, reading left out."""
         return self.work.all_volumes * self.vision.executed / self.hardware.flops / SHARE
@@ -220,6 +227,9 @@ def _shares(past: History | None, hardware: Hardware) -> tuple[tuple[float, floa
         reached = f"{SHARE:.0%} of the peak rates are reached (that run was on {past.device})"
         return (SHARE, SHARE), [said, reached]
     ran = load_config(past.folder / "config.yaml")
+    if ran.grpo.overlap:
+        reached = f"{SHARE:.0%} of the peak rates are reached (that run's rollouts and training overlapped)"
+        return (SHARE, SHARE), [said, reached]
     sizes, work = model_sizes(ran.model.path), workload(ran)
     shape = _shape(ran, work, past.completion)
     engine = engine_memory(ran, sizes.language, hardware, shape, ran.grpo.questions_per_volume)

@@ -115,7 +115,6 @@ def _time(plan: Plan) -> Rows:
     config, work = plan.config, plan.work
     per_step = config.grpo.volumes_per_step * config.grpo.questions_per_volume
     per_sft = config.sft.volumes_per_step * config.sft.questions_per_volume
-    step_s = plan.train_s + plan.rollout_s
     train, everything = (
         volumes * work.questions for volumes in (work.volumes.get("train", 0), work.all_volumes)
     )
@@ -128,9 +127,9 @@ def _time(plan: Plan) -> Rows:
         row(f"SFT, an epoch of {train:,} questions", plan.sft_step_s, train / per_sft, 1),
         row("GRPO, rollouts", plan.rollout_s, config.grpo.max_steps, plan.devices),
         row("GRPO, training", plan.train_s, config.grpo.max_steps, plan.devices),
-        row("GRPO, max_steps", step_s, config.grpo.max_steps, plan.devices),
-        row(f"GRPO, an epoch of {train:,} questions", step_s, train / per_step, plan.devices),
-        row(f"GRPO, all {everything:,} questions", step_s, everything / per_step, plan.devices),
+        row("GRPO, max_steps", plan.step_s, config.grpo.max_steps, plan.devices),
+        row(f"GRPO, an epoch of {train:,} questions", plan.step_s, train / per_step, plan.devices),
+        row(f"GRPO, all {everything:,} questions", plan.step_s, everything / per_step, plan.devices),
     ]
 
 

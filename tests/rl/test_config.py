@@ -135,6 +135,12 @@ def test_a_value_outside_a_choice_names_the_allowed_ones(field: str) -> None:
         (["grpo.loss_type=cispo"], "grpo.epsilon_high is 0.28 with loss_type cispo"),
         (["grpo.delta=1.1"], r"grpo.delta is 1.1: it must be above 1 \+ grpo.epsilon_high \(1.28\)"),
         (["grpo.importance_sampling_level=sequence"], "set grpo.loss_type to 'grpo'"),
+        (
+            ["grpo.overlap=true", "grpo.importance_correction=none"],
+            "whose rollouts are one update old: set 'auto'",
+        ),
+        (["grpo.overlap=true", "grpo.resample_rounds=2"], "grpo.resample_rounds is 2 with grpo.overlap"),
+        (["grpo.overlap=true", "engine.sleep=true"], "engine.sleep is true with grpo.overlap"),
         (["grpo.warmup_steps=60"], "below grpo.max_steps"),
         (
             ["grpo.multi_objective_aggregation=normalize_then_sum"],

@@ -17,14 +17,15 @@ from safetensors.torch import load_file
 
 from rewards import format_answer
 from rl.advantages import group_advantages, normalized_sum
-from rl.completions import ScoredGroup
+from rl.completions import ScoredGroup, microbatches
 from rl.config import Config, ConfigError
 from rl.credit import token_parts
 from rl.engine import start_engine
-from rl.grpo import GRPOTrainer, microbatches, train_grpo
+from rl.grpo import GRPOTrainer, train_grpo
 from rl.loss import LOSS_TYPES
 from rl.model import reference_adapter, trainable
 from rl.pipeline import run_embed
+from rl.probe import AgreementError
 from rl.progress import StageProgress
 from rl.training import Stopwatch
 from rl.validation import Best
@@ -68,7 +69,7 @@ def make_trainer(make_config: Callable[..., Config], engine: Engine, accelerator
 
 
 def scored_groups(trainer: GRPOTrainer, step: int = 0) -> list[ScoredGroup]:
-    return trainer.scorer.score(trainer._rollouts(step, 2))
+    return trainer.scorer.score(trainer.generation.draw(step, 2))
 
 
 def gradient(trainer: GRPOTrainer, scored: list[ScoredGroup]) -> torch.Tensor:
@@ -394,6 +395,67 @@ def test_importance_correction_changes_nothing_while_engine_and_trainer_agree(
     assert halved["importance"] == pytest.approx(halved["tokens"] / 2, rel=1e-4)
 
 
+def test_an_overlapped_run_trains_on_what_the_weights_before_the_last_update_said(
+    make_config: Callable[..., Config], engine: Engine, accelerator: Accelerator
+) -> None:
+    """Its first step is on-policy. The probe compares with the weights that sampled, so it agrees all the same."""
+    config = make_config("grpo.overlap=true", "grpo.max_steps=3", "grpo.eval_steps=2", "grpo.eval_examples=2")
+    trainer = GRPOTrainer(config, engine, accelerator)
+    served = engine.load_adapter(trainer.folder / "adapter")  # versions count up from here
+    for step in range(3):
+        trainer.step(step)
+    trainer.finish()
+    versions = [
+        pl.read_parquet(trainer.folder / "completions" / f"step-{step:06d}.parquet")[
+            "adapter_version"
+        ].unique()
+        for step in (1, 2, 3)
+    ]
+    # published at the start (the first two steps), before the second step, and after it for the validation
+    assert [v.to_list() for v in versions] == [[served], [served + 1], [served + 2]]
+    _, first, second, third = records(config)
+    assert max(r["agreement/max"] for r in (first, second, third)) < config.grpo.probe_tolerance
+    assert first["importance_ratio"] == pytest.approx(1, abs=1e-4)
+    assert abs(third["importance_ratio"] - 1) > 1e-4
+
+
+def test_rollouts_of_one_update_ago_weigh_by_how_much_likelier_they_have_become(
+    make_trainer: MakeTrainer,
+) -> None:
+    trainer, corrected = (
+        make_trainer("grpo.overlap=true"),
+        make_trainer("grpo.importance_correction=token_truncate", "grpo.probe_tolerance=10"),
+    )
+    scored = scored_groups(trainer)
+    before = [p.detach().clone() for p in trainable(trainer.policy)]
+    for moved in (trainer, corrected):
+        torch.manual_seed(0)
+        for parameter in trainable(moved.policy):
+            parameter.data += 0.03 * torch.randn_like(parameter)
+    with pytest.raises(AgreementError):
+        trainer._update(scored)
+    expected = gradient(corrected, scored)
+    sums, agreement = trainer._update(scored, before)
+    assert agreement.largest < trainer.settings.probe_tolerance
+    assert abs(sums["importance"] / sums["tokens"] - 1) > 1e-4
+    after = [p.grad for p in trainable(trainer.policy) if p.grad is not None]
+    assert close(torch.cat([g.flatten() for g in after]), expected)
+    assert not any(torch.equal(a, b) for a, b in zip(trainable(trainer.policy), before, strict=True))
+
+
+@pytest.mark.slow
+def test_an_overlapped_run_goes_on_from_its_checkpoint(
+    make_config: Callable[..., Config], engine: Engine, accelerator: Accelerator
+) -> None:
+    config = make_config("grpo.overlap=true", "grpo.max_steps=3")
+    GRPOTrainer(config, engine, accelerator).step(0)
+    train_grpo(config, engine, accelerator)
+    assert [r["step"] for r in records(config)] == [1, 2, 3]
+    final = tensors(Path(config.run_dir) / "grpo" / "adapter")
+    checkpoint = tensors(Path(config.run_dir) / "grpo" / "checkpoints" / "step-000003" / "adapter")
+    assert all(torch.equal(final[name], checkpoint[name]) for name in final)
+
+
 @pytest.mark.slow
 def test_in_bfloat16_the_adapter_is_float32_and_importance_is_corrected(
     make_config: Callable[..., Config], accelerator: Accelerator
@@ -415,7 +477,7 @@ def test_each_step_asks_something_else_and_is_reproducible(make_trainer: MakeTra
     trainer = make_trainer()
 
     def said(step: int) -> list[tuple[int, ...]]:
-        return [r.token_ids for _, group in trainer._rollouts(step, 2) for r in group.rollouts]
+        return [r.token_ids for _, group in trainer.generation.draw(step, 2) for r in group.rollouts]
 
     assert said(0) == said(0) != said(1)
     assert len(set(said(0))) == len(said(0))

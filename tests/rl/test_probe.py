@@ -72,11 +72,11 @@ def test_a_sound_engine_passes_and_another_rank_is_blamed(
     config: Config, engine: Engine, accelerator: Accelerator
 ) -> None:
     trainer = GRPOTrainer(config, Faulty(engine, "none"), accelerator)
-    scored = trainer.scorer.score(trainer._rollouts(0, 2))
+    scored = trainer.scorer.score(trainer.generation.draw(0, 2))
     _, agreement = trainer._update(scored)
     assert agreement.largest < 1e-4
     restarted = GRPOTrainer(config, engine, accelerator)  # weights have moved; the engine has the same ones
-    fresh = restarted.scorer.score(restarted._rollouts(0, 2))
+    fresh = restarted.scorer.score(restarted.generation.draw(0, 2))
     assert "another rank" in diagnose(restarted.policy, restarted.task, fresh, 1.0)
     assert "another rank" in diagnose(restarted.policy, restarted.task, [], 1.0)
 
@@ -85,7 +85,7 @@ def test_figures_that_are_not_numbers_are_no_agreement(
     config: Config, engine: Engine, accelerator: Accelerator
 ) -> None:
     trainer = GRPOTrainer(config, engine, accelerator)
-    scored = trainer.scorer.score(trainer._rollouts(0, 2))
+    scored = trainer.scorer.score(trainer.generation.draw(0, 2))
     first = scored[0].group.rollouts[0]
     broken = (replace(first, logps=(math.nan, *first.logps[1:])), *scored[0].group.rollouts[1:])
     scored[0] = replace(scored[0], group=Group(scored[0].group.prompt, broken))

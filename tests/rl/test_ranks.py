@@ -30,6 +30,8 @@ RUNS = {
         *("grpo.volumes_per_step=3", "grpo.resample_rounds=2"),
         "rewards.components=[{name: 'WORKSHOP/variety.py:picky'}]",
     ],
+    # rollouts of one update ago, asked for on both ranks while they train
+    "ahead": ["grpo.volumes_per_step=3", "grpo.overlap=true"],
     # rank 1 has no volume at all
     "idle": ["grpo.volumes_per_step=1", "grpo.mask_truncated_completions=true", "grpo.credit=part"],
 }

@@ -141,6 +141,15 @@ def test_training_binds_where_engines_are_many_and_a_full_disk_before_it(
     assert limits(full)[0].startswith("disk: the cache needs 256 GB and ")
 
 
+def test_overlapped_rollouts_take_no_time_of_their_own_on_devices_of_their_own() -> None:
+    node = CONFIGS / "qwen2_5_vl_3b_node4.yaml"
+    for overrides, path in (("grpo.overlap=true",), node), ((), node), (("grpo.overlap=true",), ONE_GPU):
+        planned = plan(*overrides, path=path)
+        parts = (planned.train_s, planned.rollout_s)
+        together = overrides and planned.config.ray.placement == "separate"
+        assert planned.step_s == (max(parts) if together else sum(parts))
+
+
 @pytest.mark.parametrize("reasoning", ["required", "none"])
 def test_text_is_counted_as_prompts_are_built(reasoning: str) -> None:
     import torch
