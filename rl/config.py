@@ -200,8 +200,8 @@ class GRPOConfig:
     """How components become advantages: sum_then_normalize | normalize_then_sum (each within its group first, so that
     the one that varies most does not drown the others: GDPO, arXiv 2601.05242; wants scale_rewards: batch)."""
     credit: str = "completion"
-    """Which tokens answer for a reward: completion (all of them) | part (the box's text for the box and not for grades,
-    the text of each grade for that grade alone: `rl.credit`)."""
+    """Which tokens answer for a reward: completion (all of them) | part (each number of the box for its own place, the
+    text of each grade for that grade: `rl.credit`)."""
     resample_rounds: int = 0
     """Draw other questions for groups without signal, at most this many times a step (dynamic sampling: DAPO, arXiv
     2503.14476). `groups_drawn` in the metrics counts what was sampled for it."""

@@ -23,7 +23,7 @@ from rl.bench.baselines import baseline_completion, fit_baselines
 from rl.choices import reasoning_of
 from rl.completions import ScoredGroup
 from rl.config import Config
-from rl.credit import MAX_ATTRIBUTES, graded_alone, token_parts
+from rl.credit import COORDINATES, MAX_ATTRIBUTES, graded_alone, placed_alone, token_parts
 from rl.schedule import RewardSchedules
 from rl.task import Task
 from rollouts.types import Group
@@ -52,7 +52,10 @@ class Scorer:
     def _by_token(self, scored: Sequence[ScoredGroup], advantages_B_G: torch.Tensor) -> list[ScoredGroup]:
         """Advantages of tokens that answer for their own part of the answer (`rl.credit`)."""
         examples = [self.task.examples[s.example_index] for s in scored]
-        by_part = [advantages_B_G, self._advantages([s.rows for s in scored], self._all_but("grades"))]
+        by_part = [advantages_B_G]
+        for coordinate in range(COORDINATES):
+            rows = [self._placed(e, s, coordinate) for e, s in zip(examples, scored, strict=True)]
+            by_part.append(self._advantages(rows, self._all_but("grades")))
         for attribute in range(MAX_ATTRIBUTES):
             rows = []
             for example, s in zip(examples, scored, strict=True):
@@ -70,6 +73,14 @@ class Scorer:
             token_advantages = [a_P[p] for a_P, p in zip(advantages_G_P, parts, strict=True)]
             credited.append(replace(s, token_advantages=token_advantages))
         return credited
+
+    def _placed(self, example: Example, scored: ScoredGroup, coordinate: int) -> list[RewardRow]:
+        """The group's rows as if that number alone had been said of each box."""
+        box = example.truth.bbox
+        if box is None:
+            return scored.rows
+        texts = [placed_alone(rollout.text, box, coordinate) for rollout in scored.group.rollouts]
+        return self.suite.score_group(example, texts)
 
     def _rows(self, example: Example, group: Group) -> list[RewardRow]:
         return self.suite.score_group(example, [rollout.text for rollout in group.rollouts])

@@ -93,7 +93,8 @@ def ending(scored: ScoredGroup, *reasons: str) -> ScoredGroup:
 
 
 def test_the_box_and_each_grade_can_answer_for_themselves(make_trainer: MakeTrainer) -> None:
-    """Two answers: the first has the better box and the second grade right, the other one the first grade."""
+    """Two answers, each with one grade right: the first is a little off in its first slice, the other far off in its
+    last."""
     trainer = make_trainer("grpo.credit=part", "rewards.components=[{name: box_iou}, {name: moaks_accuracy}]")
     examples = trainer.task.examples
     index = next(i for i, example in enumerate(examples) if len(example.question.attributes) == 2)
@@ -101,10 +102,10 @@ def test_the_box_and_each_grade_can_answer_for_themselves(make_trainer: MakeTrai
     true, box = example.truth.grades, example.truth.bbox
     assert box is not None
     (first, second), wrong = true, {name: (grade + 1) % 2 for name, grade in true.items()}
-    near = replace(box, slice_max=box.slice_max + 1)
+    near, far = replace(box, slice_min=box.slice_min + 1), replace(box, slice_max=box.slice_max + 9)
     grades = [{first: wrong[first], second: true[second]}, {first: true[first], second: wrong[second]}]
     texts = [
-        format_answer(example.question, *answer, "x") for answer in zip(grades, (box, near), strict=True)
+        format_answer(example.question, *answer, "x") for answer in zip(grades, (near, far), strict=True)
     ]
     tokens = [tuple(trainer.task.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
     rollouts = [
@@ -118,10 +119,11 @@ def test_the_box_and_each_grade_can_answer_for_themselves(make_trainer: MakeTrai
         by_part = {
             part: {float(a) for a, p in zip(advantages, parts, strict=True) if p == part} for part in parts
         }
-        rest, of_box, of_first, of_second = (by_part[part] for part in range(4))
+        rest, first_slice, last_slice, *others, of_first, of_second = (by_part[part] for part in range(9))
         assert rest == {float(total)}  # one grade right each: the better box decides
-        assert {math.copysign(1, a) for a in rest | of_box | of_second} == {sign}
-        assert {math.copysign(1, a) for a in of_first} == {-sign}
+        assert {math.copysign(1, a) for a in rest | last_slice | of_second} == {sign}
+        assert {math.copysign(1, a) for a in first_slice | of_first} == {-sign}
+        assert others == [{0.0}] * 4
     assert scored.has_signal
 
 
