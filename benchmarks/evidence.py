@@ -6,7 +6,8 @@
 `--jobs` seeds are trained at once, each on its share of the cores: small models gain more from that than from threads.
 What they print goes to OUT/seed-N.log. One dataset and one embedding cache serve all seeds. For each seed: SFT until
 validation stops improving, GRPO, SFT continued for GRPO's wall-clock, SFT on the best of G samples in the same
-wall-clock; then the benchmark for all arms and the baselines, and paired comparisons with SFT and with the baselines.
+wall-clock, GRPO on rollouts one update old (`grpo.overlap`); then the benchmark for all arms and the baselines, and
+paired comparisons with SFT and with the baselines.
 Finished parts are skipped when it is run again. Writes docs/evidence.md and docs/evidence.json.
 """
 
@@ -36,6 +37,11 @@ from rl.pipeline import BASELINE, GRPO, SFT, STAGES, read_runs
 from rl.progress import StageProgress
 from rl.stages import run_stage
 
+OVERLAPPED = "GRPO overlapped"
+PAIRS = (
+    *((SFT, GRPO), (SFT, SFT_CONTINUED), (SFT, BEST_OF_G), (SFT, OVERLAPPED), (GRPO, OVERLAPPED)),
+    *((BASELINE, SFT), (BASELINE, GRPO)),
+)
 ENDPOINTS = (("balanced_accuracy", "balanced accuracy"), ("iou", "mean IoU"))
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -102,8 +108,21 @@ def arms_of_seed(config: Config) -> dict[str, BenchRun]:
             finally:
                 engine.close()
             _evaluate(config, BEST_OF_G, adapter, folder, progress)
-    controls = {name: read_run(folder / name) for name in (SFT_CONTINUED, BEST_OF_G)}
+        if not (folder / OVERLAPPED / "run.json").exists():
+            behind = _overlapped(config)
+            run_stage(behind, STAGES["grpo"])
+            _evaluate(config, OVERLAPPED, Path(behind.run_dir) / "grpo" / "adapter", folder, progress)
+    controls = {name: read_run(folder / name) for name in (SFT_CONTINUED, BEST_OF_G, OVERLAPPED)}
     return {**read_runs(config), **controls}
+
+
+def _overlapped(config: Config) -> Config:
+    """The same GRPO run from the same SFT adapter, in a folder of its own."""
+    behind = deepcopy(config)
+    behind.grpo.overlap = True
+    behind.grpo.init_adapter = f"{config.run_dir}/sft/adapter"
+    behind.run_dir = f"{config.run_dir}/overlapped"
+    return behind
 
 
 def _evaluate(config: Config, name: str, adapter: Path, folder: Path, progress: StageProgress) -> None:
@@ -126,7 +145,7 @@ def write_evidence(config: Config, runs: Mapping[int, Mapping[str, BenchRun]]) -
     comparisons = {
         (seed, a, b): compare(arms[a], arms[b], config.compare, seed=0)
         for seed, arms in runs.items()
-        for a, b in [(SFT, GRPO), (SFT, SFT_CONTINUED), (SFT, BEST_OF_G), (BASELINE, SFT), (BASELINE, GRPO)]
+        for a, b in PAIRS
     }
     first = next(iter(comparisons.values()))
     lines = [
