@@ -5,8 +5,10 @@
 
 A Qwen2.5-VL shaped like the 3B model with random weights in bfloat16, LoRA r = 16, cached features. A step is
 forward, loss, backward and AdamW. The padded forward runs at the fastest batch size of 1, 2, 4 and 8 that fits into
-memory. Arms take their steps in turn; seconds are those of a question, ratios are formed within a repetition, and
-utilisation is what the tree must compute (nothing masked) over time and the measured peak of a matrix product.
+memory. The tree attends by SDPA per level (packed) and by FlexAttention (flex), which is first held against the former
+on a model of 35 million parameters in float32, gradients included; a CPU has none of these and flex is not timed on it.
+Arms take their steps in turn; seconds are those of a question, ratios are formed within a repetition, and utilisation
+is what the tree must compute (nothing masked) over time and the measured peak of a matrix product.
 Needs torch, transformers, peft and accelerate; neither trl nor vllm. `--device cpu --size 35M` tries it without a GPU.
 """
 
@@ -20,11 +22,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from middle_model import LANGUAGE, SLICES_AND_SIDE, build_model
+from middle_model import IMAGE, LANGUAGE, SLICES_AND_SIDE, build_model
 from performance_page import update_page
-from step_arms import Work, answers, tree_flops
+from step_arms import Work, answers, tree, tree_flops
+
+from rl.packed import PackedPolicy, pack
 
 BATCHES = (1, 2, 4, 8)
+FLEX_TOLERANCE = 1e-4
+"""Greatest difference of a log-probability, and of all gradients by their norm, from those of SDPA per level."""
 TARGETS = {"ratio": 8.0, "utilisation": 0.4}
 
 
@@ -72,14 +78,46 @@ def matmul_peak(device: str) -> float:
     return 2 * n**3 / min(seconds)
 
 
+def check_flex(device: str) -> None:
+    """FlexAttention against SDPA per level, at two lengths: it is compiled for the first and must serve the second.
+
+    Raises:
+        SystemExit: they differ.
+    """
+    on_gpu = device != "cpu"
+    model = build_model("35M", device).float()
+    adapter = [p for p in model.parameters() if p.requires_grad]
+    for visual_tokens, completion_tokens in ((32, 5), (512, 40)):
+        root, _ = tree(model, Work(visual_tokens, 2, 3, completion_tokens))
+        logps, gradients = [], []
+        for attention in ("sdpa", "flex"):
+            with torch.set_grad_enabled(on_gpu):
+                logps_N_T, _ = PackedPolicy(model, attention)(pack([root], IMAGE).to(device))
+            logps.append(logps_N_T.detach())
+            if on_gpu:
+                parts = torch.autograd.grad(logps_N_T.sum(), adapter)
+                gradients.append(torch.cat([g.flatten() for g in parts]))
+        off = {"log-probabilities": float((logps[1] - logps[0]).abs().max())}
+        if on_gpu:
+            off["gradients"] = float((gradients[1] - gradients[0]).norm() / gradients[0].norm())
+        said = ", ".join(f"{name} {value:.1e}" for name, value in off.items())
+        print(f"  flex against packed, {visual_tokens} visual tokens, float32: {said}", flush=True)
+        if not all(value <= FLEX_TOLERANCE for value in off.values()):
+            raise SystemExit(
+                f"FlexAttention differs from SDPA by more than {FLEX_TOLERANCE:g}: do not set model.attention=flex here"
+            )
+
+
 def measure(device: str, size: str, sizes: tuple[int, int, int], repetitions: int) -> dict[str, Any]:
     """All arms of one cell of the table."""
     visual_tokens, generations, completion_tokens = sizes
+    check_flex(device)
     work = {q: Work(visual_tokens, generations, q, completion_tokens) for q in (1, 4)}
     batch, padded = fastest_padded(device, size, work[1])
     model = build_model(size, device)
     arms = {"padded": (padded, 1)}
-    arms |= {f"packed-{q}": (answers("packed", model, work[q]), q) for q in work}
+    kinds = ("packed",) if device == "cpu" else ("packed", "flex")
+    arms |= {f"{kind}-{q}": (answers(kind, model, work[q]), q) for kind in kinds for q in work}
     for step, _ in arms.values():
         timed(device, step)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -91,7 +129,7 @@ def measure(device: str, size: str, sizes: tuple[int, int, int], repetitions: in
             seconds[name].append(took / questions)
             gib[name] = max(gib[name], memory)
         peaks.append(matmul_peak(device))
-    flops = {f"packed-{q}": tree_flops(model, work[q]) / q for q in work}
+    flops = {f"{kind}-{q}": tree_flops(model, work[q]) / q for kind in kinds for q in work}
     return {
         "device": torch.cuda.get_device_name() if device != "cpu" else "CPU",
         "size": size,
@@ -146,7 +184,7 @@ def main() -> None:
     sizes = options.visual_tokens, options.generations, options.completion_tokens
     cell = measure(options.device, options.size, sizes, options.repetitions)
     print(section([cell]))
-    for name in ("packed-1", "packed-4"):
+    for name in cell["utilisation"]:
         ratio = np.median(np.divide(cell["seconds"]["padded"], cell["seconds"][name]))
         used = np.median(cell["utilisation"][name])
         print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from tempfile import mkdtemp
 from typing import Any
 
@@ -67,19 +68,26 @@ Forward = Callable[[], float]
 """All forwards and backwards of a step; returns its loss. Gradients are left on the adapter."""
 
 
-def packed(model: PeftModel, work: Work) -> Forward:
-    """Ours."""
+def tree(model: PeftModel, work: Work) -> tuple[Node, torch.Tensor]:
+    """The volume with its questions and their completions, and advantages_N."""
     features, positions = features_and_positions(model, work)
-    policy = PackedPolicy(model)
     root, advantages = Node(work.volume_ids, positions, features), []
     for question, completions, advantages_G in work.texts():
         root.children.append(Node(question, children=[Node(ids, scored=True) for ids in completions]))
         advantages.append(advantages_G)
-    advantages_N = torch.cat(advantages).to(model.device)
+    return root, torch.cat(advantages).to(model.device)
+
+
+def packed(model: PeftModel, work: Work, attention: str = "sdpa") -> Forward:
+    """Ours."""
+    root, advantages_N = tree(model, work)
     totals = StepTotals(work.questions * work.generations, 0, 1)
 
     def step() -> float:
         batch = pack([root], IMAGE).to(model.device)
+        policy = PackedPolicy(
+            model, attention
+        )  # here: arms share the model, which holds the attention's name
         logps_N_T, _ = policy(batch)
         loss, _ = grpo_loss(LossInputs(logps_N_T, advantages_N[:, None], batch.mask_N_T), SETTINGS, totals)
         loss.backward()
@@ -206,7 +214,12 @@ def _causal(ancestors: int, own: int) -> int:
     return own * ancestors + own * (own + 1) // 2
 
 
-ARMS: dict[str, Callable[..., Forward]] = {"trl": trl, "padded": padded, "packed": packed}
+ARMS: dict[str, Callable[..., Forward]] = {
+    "trl": trl,
+    "padded": padded,
+    "packed": packed,
+    "flex": partial(packed, attention="flex"),
+}
 
 
 def make_step(arm: str, threads: int, *work: Any) -> Callable[[str], Any]:

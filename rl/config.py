@@ -99,6 +99,8 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    attention: str = "sdpa"
+    """How training attends within the tree: sdpa (a call per set of siblings) | flex (one FlexAttention call; GPU)."""
 
 
 @dataclass

@@ -26,6 +26,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "model.device": ("auto", "cpu", "cuda"),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.reasoning": ("required", "none"),
+    "model.attention": ("sdpa", "flex"),
     "embed.dtype": ("auto", "float32", "bfloat16"),
     "engine.kind": ("vllm", "hf", "openai"),
     "rewards.reader": ("strict", "tolerant"),
@@ -164,6 +165,8 @@ def _model(config: Config) -> Iterator[str]:
         yield f"model.lora.dropout is {config.model.lora.dropout}: it must be in [0, 1)"
     if not config.model.lora.target_modules:
         yield "model.lora.target_modules is empty: nothing would be trained"
+    if config.model.attention == "flex" and config.model.device == "cpu":
+        yield "model.attention is 'flex' with model.device 'cpu', where torch cannot train with it: use 'sdpa'"
     if not 0 < config.engine.gpu_memory_utilization <= 1:
         yield f"engine.gpu_memory_utilization is {config.engine.gpu_memory_utilization}: it must be in (0, 1]"
 

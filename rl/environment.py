@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._triton import has_triton
 
 from rl.config import ConfigError
 from rl.errors import staged
@@ -68,6 +69,22 @@ def pick_dtype(requested: str, device: torch.device) -> torch.dtype:
     if requested not in dtypes:
         raise ConfigError(f"model.dtype is {requested!r}: use {', '.join(dtypes)}")
     return dtypes[requested]
+
+
+def pick_attention(requested: str, device: torch.device) -> str:
+    """The attention that `model.attention` names, if training on this device can use it.
+
+    Raises:
+        ConfigError: `flex` without a GPU that Triton compiles for, or the name is neither sdpa nor flex.
+    """
+    if requested not in ("sdpa", "flex"):
+        raise ConfigError(f"model.attention is {requested!r}: use sdpa or flex")
+    if requested == "flex" and not (device.type == "cuda" and has_triton()):
+        raise ConfigError(
+            f"model.attention is 'flex', which needs a GPU (CUDA, compute capability 7.0 or above) and Triton; "
+            f"torch {torch.__version__} on {device} does not have both: use sdpa"
+        )
+    return requested
 
 
 def describe_environment(seed: int | None = None) -> dict[str, Any]:

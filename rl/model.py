@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
 from rl.config import Config, ConfigError
-from rl.environment import pick_device, pick_dtype
+from rl.environment import pick_attention, pick_device, pick_dtype
 from rl.errors import staged_folder
 from rl.packed import PackedPolicy
 from rollouts.adapters import check_adapter, linear_shapes
@@ -57,9 +57,11 @@ def load_policy(
         adapter: PEFT folder to continue from; None starts a fresh adapter from `config.model.lora`.
         reference: adapter of the frozen policy that `reference_adapter` switches to.
     Raises:
+        ConfigError: the device or the attention cannot be had.
         rollouts.adapters.AdapterError: the adapter does not fit the base.
     """
     device = pick_device(config.model.device)
+    attention = pick_attention(config.model.attention, device)
     base = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         resolve_model(config.model.path), dtype=pick_dtype(config.model.dtype, device)
     )
@@ -77,7 +79,7 @@ def load_policy(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # bf16 loses updates smaller than 1/256 of a weight
-    policy = PackedPolicy(model.to(device))
+    policy = PackedPolicy(model.to(device), attention)
     if config.model.gradient_checkpointing:
         policy.language_model.gradient_checkpointing_enable({"use_reentrant": False})
     return policy.train()

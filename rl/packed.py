@@ -3,7 +3,7 @@
 One volume is asked several questions, and each question is answered G times. As one padded batch the volume's
 tokens would run through the language model once per completion. Packed, the tree is one flat sequence:
 
-    volume ── question 1 ── completion 1          flat:  V V V V V  Q1 Q1  C C C  C C  Q2 Q2 Q2  C C  C C C
+    volume ── question 1 ── completion 1          flat:  V V V V V  Q1 Q1  Q2 Q2 Q2  C C C  C C  C C  C C C
            │             └─ completion 2
            └─ question 2 ── completion 1          token-wise layers (projections, MLP, norms) see the flat row;
                          └─ completion 2          attention runs once per set of siblings
@@ -11,27 +11,30 @@ tokens would run through the language model once per completion. Packed, the tre
 Attention per set of siblings ("per level"): the children of a node run as a padded batch [C, T] whose keys are
 the node's path [A] followed by the child's own tokens [T]. A token thus attends to its own ancestors and its own
 past only, at the rotary position it would have if it stood alone, so log-probabilities and gradients equal
-those of one padded row per completion.
+those of one padded row per completion. `rl.flex` attends in one call instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rl.flex import flex_tree_attention, tree_mask
 from rl.microbatch import scored_at_once
 
-ATTENTION_NAME = "packed_tree"
+ATTENTIONS = {"sdpa": "packed_tree", "flex": "packed_tree_flex"}
+"""`model.attention` -> the attention function's name among transformers'."""
 
 
 @dataclass
@@ -54,8 +57,6 @@ class Siblings:
     path: tuple[int, ...]
     """The nodes from the root to the parent."""
     children: tuple[int, ...]
-    mask_C_1_T_AT: torch.Tensor
-    """Which keys (path, then own tokens) each query of the padded children may see."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,14 @@ class Layout:
     lengths: tuple[int, ...]
     siblings: tuple[Siblings, ...]
 
-    def to(self, device: torch.device | str) -> Layout:
-        """The layout with its masks on another device."""
-        moved = [replace(s, mask_C_1_T_AT=s.mask_C_1_T_AT.to(device)) for s in self.siblings]
-        return replace(self, siblings=tuple(moved))
+    @property
+    def parents(self) -> list[int]:
+        """Each node's parent, -1 for a root."""
+        parents = [-1] * len(self.lengths)
+        for s in self.siblings:
+            for child in s.children:
+                parents[child] = s.path[-1] if s.path else -1
+        return parents
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ class PackedBatch:
             positions_3_L=self.positions_3_L.to(device),
             features_V_H=None if self.features_V_H is None else self.features_V_H.to(device),
             visual_V=self.visual_V.to(device),
-            layout=self.layout.to(device),
+            layout=self.layout,
             predictors_N_T=self.predictors_N_T.to(device),
             targets_N_T=self.targets_N_T.to(device),
             mask_N_T=self.mask_N_T.to(device),
@@ -138,9 +143,7 @@ class _Builder:
         placed = [self._place(node, path, next_position) for node in nodes]
         filled = [p for p in placed if p.span]
         if filled:
-            mask = _mask(sum(len(p.span) for p in path), [len(p.span) for p in filled])
-            path_indices, children = tuple(p.index for p in path), tuple(p.index for p in filled)
-            self.siblings.append(Siblings(path_indices, children, mask))
+            self.siblings.append(Siblings(tuple(p.index for p in path), tuple(p.index for p in filled)))
         for node, place in zip(nodes, placed, strict=True):
             if node.children:
                 if not place.span:
@@ -198,12 +201,19 @@ class _Builder:
         )
 
 
-def _mask(ancestors: int, lengths: list[int]) -> torch.Tensor:
-    """Queries see the whole path and their own past. Padding comes last, so no real token sees any."""
-    longest = max(lengths)
-    own = torch.ones(longest, longest, dtype=torch.bool).tril()
-    path = torch.ones(longest, ancestors, dtype=torch.bool)
-    return torch.cat([path, own], dim=1).expand(len(lengths), 1, -1, -1)
+def sibling_masks(layout: Layout, device: torch.device) -> list[torch.Tensor]:
+    """For each set of C siblings, the keys [C, 1, T, A + T] each query sees: the whole path and its own past.
+
+    Padding comes last, so no real token sees any.
+    """
+    masks = []
+    for s in layout.siblings:
+        longest = max(layout.lengths[child] for child in s.children)
+        ancestors = sum(layout.lengths[node] for node in s.path)
+        own = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
+        path = torch.ones(longest, ancestors, dtype=torch.bool, device=device)
+        masks.append(torch.cat([path, own], dim=1).expand(len(s.children), 1, -1, -1))
+    return masks
 
 
 def packed_tree_attention(
@@ -211,7 +221,7 @@ def packed_tree_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: Sequence[torch.Tensor],
     *,
     layout: Layout,
     scaling: float | None = None,
@@ -222,6 +232,7 @@ def packed_tree_attention(
 
     Args:
         query: [1, heads, L, d]; key, value: [1, kv_heads, L, d].
+        attention_mask: of `sibling_masks`.
     Returns:
         [1, L, heads, d], as transformers' attention functions return it.
     """
@@ -229,13 +240,13 @@ def packed_tree_attention(
     # one split, because its backward is one concatenation; slicing would write a row of zeros per slice
     q_nodes, k_nodes, v_nodes = (x[0].split(layout.lengths, dim=1) for x in (query, key, value))
     outputs: list[torch.Tensor] = [query] * len(layout.lengths)
-    for s in layout.siblings:
+    for s, mask_C_1_T_AT in zip(layout.siblings, attention_mask, strict=True):
         lengths = [layout.lengths[child] for child in s.children]
         attended = F.scaled_dot_product_attention(
             _stack(q_nodes, s.children, lengths),
             repeat_kv(_with_path(k_nodes, s, lengths), repeats),
             repeat_kv(_with_path(v_nodes, s, lengths), repeats),
-            attn_mask=s.mask_C_1_T_AT,
+            attn_mask=mask_C_1_T_AT,
             dropout_p=dropout,
             scale=scaling,
         )  # [C, heads, T, d]
@@ -261,7 +272,8 @@ def _with_path(nodes: Sequence[torch.Tensor], s: Siblings, lengths: Sequence[int
     return torch.cat([path.expand(len(s.children), -1, -1, -1), own], dim=2)
 
 
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, packed_tree_attention)
+ALL_ATTENTION_FUNCTIONS.register(ATTENTIONS["sdpa"], packed_tree_attention)
+ALL_ATTENTION_FUNCTIONS.register(ATTENTIONS["flex"], flex_tree_attention)
 
 
 class PackedPolicy(nn.Module):
@@ -269,12 +281,16 @@ class PackedPolicy(nn.Module):
 
     This module, not a part of it, is what `accelerator.prepare` must wrap: calling a submodule of a
     data-parallel module skips gradient synchronisation without an error.
+
+    Args:
+        attention: "sdpa", one call per set of siblings, the reference; or "flex", one call (`rl.flex`).
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, attention: str = "sdpa") -> None:
         super().__init__()
         self.model: Any = model
-        self.language_model.config._attn_implementation = ATTENTION_NAME
+        self.attention = attention
+        self.language_model.config._attn_implementation = ATTENTIONS[attention]
 
     @property
     def causal_lm(self) -> Any:
@@ -320,11 +336,17 @@ class PackedPolicy(nn.Module):
         hidden = self.language_model(
             inputs_embeds=embeds[None],
             position_ids=self._positions(batch.positions_3_L),
-            attention_mask={"full_attention": None},  # a ready mask mapping: none is built
+            attention_mask={"full_attention": self._masks(batch.layout)},  # a ready mapping: none is built
             use_cache=False,
             layout=batch.layout,
         ).last_hidden_state[0]
         return hidden[batch.predictors_N_T[batch.mask_N_T]]
+
+    def _masks(self, layout: Layout) -> list[torch.Tensor] | BlockMask:
+        """What the attention function is given as its mask, the same in every layer."""
+        if self.attention == "flex":
+            return tree_mask(layout.lengths, layout.parents, self.device)
+        return sibling_masks(layout, self.device)
 
     def _score(
         self, hidden_n_H: torch.Tensor, targets_n: torch.Tensor, temperature: float

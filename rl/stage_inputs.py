@@ -21,7 +21,7 @@ from rl.data.layout import Split, item_file_name, read_split, split_file
 WITHOUT_EFFECT = frozenset(
     {
         *("data.root", "embed.cache_dir", "phantom.out_dir", "model.device", "model.gradient_checkpointing"),
-        *("grpo.save_steps", "grpo.max_tokens_per_microbatch"),
+        *("model.attention", "grpo.save_steps", "grpo.max_tokens_per_microbatch"),
         *("grpo.probe_tolerance", "grpo.probe_tolerance_bf16", "openai.api_key_env", "openai.concurrency"),
         *("openai.requests_per_minute", "openai.retries", "openai.timeout_s"),
     }

@@ -31,6 +31,7 @@ def test_the_gpu_benchmark_runs_without_one_and_keeps_its_page(tmp_path: Path) -
     )
     assert done.returncode == 0, done.stderr
     assert "packed-4: " in done.stdout
+    assert "flex against packed, 512 visual tokens, float32: log-probabilities " in done.stdout
     text = page.with_suffix(".md").read_text()
     assert text.startswith("before\n<!-- gpu -->\n| device")
     assert text.endswith("|\n<!-- end of gpu -->\nafter\n")

@@ -175,6 +175,7 @@ def test_a_value_outside_a_choice_names_the_allowed_ones(field: str) -> None:
         (["ray.num_workers=9"], "ray.num_workers is 9: with grpo.volumes_per_step 8"),
         (["sft.validation_volumes=0"], "sft.validation_volumes is 0: it must be greater than 0"),
         (["model.lora.dropout=1"], "model.lora.dropout"),
+        (["model.attention=flex", "model.device=cpu"], "where torch cannot train with it: use 'sdpa'"),
         ([*SERVED, "openai.model="], "openai.model is empty"),
         ([*SERVED, "openai.model=GRPO"], "openai.model is 'GRPO', which tables call"),
         ([*SERVED, "openai.base_url=localhost:8000/v1"], "openai.base_url must be like https://HOST/v1"),

@@ -13,7 +13,7 @@ import torch
 
 import rewards
 from rl.config import ConfigError
-from rl.environment import describe_environment, pick_device, pick_dtype, write_environment
+from rl.environment import describe_environment, pick_attention, pick_device, pick_dtype, write_environment
 from rl.one_install import check_one_install
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests a machine without a GPU")
@@ -39,11 +39,23 @@ def test_cuda_without_a_gpu_says_what_to_install() -> None:
         pick_device("cuda")
 
 
+@needs_no_gpu
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_flex_attention_needs_a_gpu_and_a_compiler_for_it(device: str) -> None:
+    assert pick_attention("sdpa", torch.device(device)) == "sdpa"
+    with pytest.raises(
+        ConfigError, match=rf"model\.attention is 'flex'.* Triton; torch .* on {device} .*: use sdpa"
+    ):
+        pick_attention("flex", torch.device(device))
+
+
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="auto, cpu or cuda"):
         pick_device("tpu")
     with pytest.raises(ConfigError, match="auto, float32, bfloat16"):
         pick_dtype("float16", torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"model\.attention is 'flash': use sdpa or flex"):
+        pick_attention("flash", torch.device("cpu"))
 
 
 def test_the_environment_names_versions_hardware_and_seed() -> None:

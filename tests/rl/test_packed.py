@@ -145,6 +145,15 @@ def test_float32_stays_within_the_stated_tolerance(policy: PackedPolicy) -> None
     assert ((rounded - exact).abs() <= 1e-5 * exact.abs().clamp(min=1.0)).all()
 
 
+@torch.no_grad()
+def test_flex_attention_gives_the_same_log_probabilities(policy: PackedPolicy) -> None:
+    """Two volumes, in float64; `test_flex.py` has trees of any depth, in float32."""
+    batch = pack(random_forest(policy, [[[5, 4], [3]], [[2, 0, 1]]]), policy.causal_lm.config.video_token_id)
+    flex, _ = PackedPolicy(policy.model, "flex")(batch, 0.7)
+    per_level, _ = PackedPolicy(policy.model)(batch, 0.7)
+    torch.testing.assert_close(flex, per_level, rtol=0, atol=1e-10)
+
+
 def test_logits_in_parts_give_the_same_log_probabilities_entropies_and_gradients(
     policy: PackedPolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
