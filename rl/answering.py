@@ -21,6 +21,7 @@ from rl.model import load_tokenizer, resolve_model
 from rl.showing import Pictures, Showing, prompts_source
 from rl.task import Task, feature_dtypes, open_features
 from rollouts.prompts import PromptBuilder, check_length
+from rollouts.storage import as_read
 from rollouts.types import NO_PICTURE, Engine, Prompt, Sampling, VolumeFeatures
 from rollouts.vision import TowerSpec, VisionTower
 
@@ -79,7 +80,7 @@ class RegionEncoder:
         embeds, grid = self._tower.encode(frames)
         # a hash of the content, as in the cache, would take longer than the tower
         key = f"{volume.volume_id} {region}"
-        return VolumeFeatures(key, embeds.to(self._storage), grid, frames.second_per_grid_t)
+        return VolumeFeatures(key, as_read(embeds, self._storage), grid, frames.second_per_grid_t)
 
 
 def ask(config: Config, task: Task | Exam, engine: Engine, indices: Sequence[int]) -> list[AnswerRow]:

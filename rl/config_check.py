@@ -27,7 +27,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.reasoning": ("required", "none"),
     "model.attention": ("sdpa", "flex"),
-    "embed.dtype": ("auto", "float32", "bfloat16"),
+    "embed.dtype": ("auto", "float32", "bfloat16", "float8_e4m3fn"),
     "engine.kind": ("vllm", "hf", "openai"),
     "rewards.reader": ("strict", "tolerant"),
     "rewards.on_error": ("raise", "score_none"),

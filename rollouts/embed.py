@@ -16,6 +16,7 @@ from rewards.types import VolumeRef
 from rollouts.cache import CacheError, EmbeddingCache, embedding_recipe, indexed_keys, volume_key
 from rollouts.features import FeatureError, validate_features
 from rollouts.index import IndexEntry
+from rollouts.storage import as_read, bytes_per_token, dtype_in_memory
 from rollouts.types import VolumeFeatures
 from rollouts.vision import VisionTower
 from rollouts.volumes import (
@@ -167,7 +168,9 @@ class _Job:
             self._tell_rounding([embeds for embeds, _ in results])
         keys = {item.volume.volume_id: item.entry.key for item in batch}
         for (item, view), (embeds, grid) in zip(missing, results, strict=True):
-            features = VolumeFeatures(item.entry.key, embeds.to(self.storage), grid, view.second_per_grid_t)
+            features = VolumeFeatures(
+                item.entry.key, embeds.to(dtype_in_memory(self.storage)), grid, view.second_per_grid_t
+            )
             name = item.volume.volume_id
             try:
                 validate_features(features, self.tower.spec.hidden_size, self.tower.spec.sizes.merge, name)
@@ -175,7 +178,7 @@ class _Job:
                 faults.append(f"{name}: {error}")
                 del keys[name]
                 continue
-            self.cache.put(features)
+            self.cache.put(features, self.storage)
             self.encoded += 1
             self.tokens += len(embeds)
         self._unsaved.update(
@@ -186,7 +189,7 @@ class _Job:
     def _tell_rounding(self, batch: list[torch.Tensor]) -> None:
         """Say what storing in another number format costs, measured on what was computed first."""
         exact = torch.cat(batch).double()
-        error = exact.to(self.storage).double() - exact
+        error = as_read(exact, self.storage).double() - exact
         relative = error.norm(dim=1) / exact.norm(dim=1)
         self.log(
             f"computed in {self.tower.dtype}, stored in {self.storage}: relative error of a visual token "
@@ -214,7 +217,7 @@ def _announce(
     tokens = {name: ViewGeometry.of(v.shape, view, spec.sizes).num_tokens for name, v in wanted.items()}
     if not tokens:
         return 1
-    row = spec.hidden_size * storage.itemsize
+    row = bytes_per_token(spec.hidden_size, storage)
     largest = max(tokens.values())
     needed = sum(tokens[volume.volume_id] for volume in remaining) * row
     free = shutil.disk_usage(cache.folder).free
@@ -226,7 +229,7 @@ def _announce(
     if needed > free:
         raise CacheError(
             f"the cache needs {_size(needed)} more but {cache.folder} has {_size(free)} free; set embed.cache_dir to a "
-            "larger disk, embed.dtype=bfloat16, or a coarser view (slice_stride, height, width, crop)"
+            "larger disk, embed.dtype=bfloat16 or float8_e4m3fn, or a coarser view (slice_stride, height, width, crop)"
         )
     return max(1, tower.max_patches // (largest * spec.sizes.merge**2))
 

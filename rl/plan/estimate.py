@@ -7,6 +7,8 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from rl.config import Config, load_config
 from rl.microbatch import GroupTokens, within_budget
 from rl.plan.engine import EngineMemory, Sampling, engine_memory, sampling
@@ -16,6 +18,7 @@ from rl.plan.history import History, history
 from rl.plan.memory import TrainerMemory, trainer_memory
 from rl.plan.sizes import ModelSizes, model_sizes
 from rl.plan.workload import Workload, workload
+from rollouts.storage import bytes_per_token
 
 SHARE = 0.4
 """Of the peak rates, assumed where no run has shown another: of training, of prefill and decoding, of the tower."""
@@ -128,7 +131,7 @@ def make_plan(config: Config, hardware: Hardware) -> Plan:
     }
     engine = engine_memory(config, language, hardware, longest, grpo.questions_per_volume)
     shares, said = _shares(past, hardware)
-    stored = {"auto": hardware.number_bytes, "float32": 4, "bfloat16": 2}[config.embed.dtype]
+    storage = getattr(torch, hardware.dtype if config.embed.dtype == "auto" else config.embed.dtype)
     return Plan(
         config=config,
         hardware=hardware,
@@ -142,7 +145,7 @@ def make_plan(config: Config, hardware: Hardware) -> Plan:
         microbatch=largest,
         memory=memory,
         engine=engine,
-        cache_bytes=work.visual * sizes.vision.geometry.hidden_size * stored,
+        cache_bytes=work.visual * bytes_per_token(sizes.vision.geometry.hidden_size, storage),
         disk_free=_free(Path(config.embed.cache_dir).expanduser()),
         shares=shares,
         computed=_computed_share(config, past),

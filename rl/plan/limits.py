@@ -60,7 +60,8 @@ def _disk(plan: Plan) -> list[str]:
         return []
     return [
         f"disk: the cache needs {needed / 1e9:.0f} GB and {plan.config.embed.cache_dir} has room for "
-        f"{plan.disk_free / 1e9:.0f} GB; set embed.cache_dir to a larger disk, embed.dtype=bfloat16, or a coarser view"
+        f"{plan.disk_free / 1e9:.0f} GB; set embed.cache_dir to a larger disk, embed.dtype=bfloat16 or float8_e4m3fn, "
+        "or a coarser view"
     ]
 
 

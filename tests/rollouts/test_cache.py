@@ -19,6 +19,7 @@ from rewards.types import VolumeRef
 from rl.config import VolumeViewConfig
 from rollouts.cache import CacheError, EmbeddingCache, FeatureStore, embedding_recipe, open_store, volume_key
 from rollouts.index import CacheIndex, IndexEntry
+from rollouts.storage import FLOAT8, as_read, pack
 from rollouts.types import VolumeFeatures
 from rollouts.vision import Normalisation, TowerSpec
 from rollouts.volumes import PatchSizes, read_volume
@@ -47,6 +48,22 @@ def test_an_entry_comes_back_as_it_was(
         assert loaded is not None
         assert torch.equal(loaded.embeds_V_H, stored.embeds_V_H)
         assert replace(loaded, embeds_V_H=stored.embeds_V_H) == stored
+
+
+def test_an_entry_in_eight_bits_takes_half_and_comes_back_in_bfloat16(
+    cache: EmbeddingCache, features: VolumeFeatures
+) -> None:
+    half = replace(features, embeds_V_H=features.embeds_V_H.to(torch.bfloat16))
+    cache.put(half)
+    size = cache.path_of(features.key).stat().st_size
+    cache.put(half, FLOAT8)
+    assert cache.path_of(features.key).stat().st_size < 0.6 * size
+    for reader in (cache, EmbeddingCache(cache.folder)):
+        loaded = reader.get(features.key)
+        assert loaded is not None
+        assert loaded.embeds_V_H.dtype == torch.bfloat16
+        assert torch.equal(loaded.embeds_V_H, as_read(features.embeds_V_H, FLOAT8))
+        assert replace(loaded, embeds_V_H=half.embeds_V_H) == half
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
@@ -85,6 +102,12 @@ def replace_text(path: Path, old: bytes, new: bytes) -> None:
     path.write_bytes(content.replace(old, new))
 
 
+def without_scale(path: Path) -> None:
+    embeds = pack(torch.zeros(12, 256), FLOAT8)["embeds_V_H"]
+    save_file({"embeds_V_H": embeds}, path, {"key": path.stem})
+
+
+@pytest.mark.parametrize("storage", [torch.float32, FLOAT8])
 @pytest.mark.parametrize(
     "damage",
     [
@@ -98,15 +121,17 @@ def replace_text(path: Path, old: bytes, new: bytes) -> None:
         lambda path: replace_text(path, b'second_per_grid_t":"1', b'second_per_grid_t":"2'),
         lambda path: save_file({"embeds_V_H": torch.zeros(12, 256)}, path),
         lambda path: save_file({"other": torch.zeros(2)}, path, {"key": path.stem}),
+        without_scale,
     ],
 )
 def test_a_damaged_or_foreign_entry_is_reported_and_remade(
     cache: EmbeddingCache,
     features: VolumeFeatures,
     damage: Callable[[Path], None],
+    storage: torch.dtype,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    cache.put(features)
+    cache.put(features, storage)
     damage(cache.path_of(features.key))
     with caplog.at_level(logging.WARNING):
         assert cache.get(features.key) is None
@@ -184,6 +209,7 @@ def test_anything_that_changes_the_features_changes_the_recipe() -> None:
         recipe_of(axes=(2, 1, 0)),
         recipe_of(compute_dtype=torch.bfloat16),
         recipe_of(storage_dtype=torch.bfloat16),
+        recipe_of(storage_dtype=FLOAT8),
         recipe_of(view=replace(view, crop=[0, 4, 0, 64, 0, 64])),
         recipe_of(view=replace(view, slice_stride=2)),
         recipe_of(view=replace(view, height=48)),

@@ -18,6 +18,7 @@ from rl.config import VolumeViewConfig
 from rollouts import embed
 from rollouts.cache import CacheError, EmbeddingCache, embedding_recipe, open_store
 from rollouts.embed import EmbedError, embed_examples
+from rollouts.storage import FLOAT8, as_read
 from rollouts.vision import TowerSpec, VisionTower
 from rollouts.volumes import ViewError, read_volume, view_frames
 
@@ -225,6 +226,31 @@ def test_the_error_of_storing_in_another_number_format_is_told_once(
     )  # all are there
     embed_examples(volumes, tower, cache, view, log=lines.append)  # stored as computed
     assert not [line for line in lines if "relative error" in line]
+
+
+def test_one_cache_holds_volumes_in_eight_bits_beside_those_in_full(
+    tower: VisionTower,
+    cache: EmbeddingCache,
+    view: VolumeViewConfig,
+    volumes: list[VolumeRef],
+    encoded: list[int],
+) -> None:
+    """A run in eight bits that was interrupted goes on, and neither format is taken for the other."""
+    lines: list[str] = []
+    full = embed_examples(volumes, tower, cache, view, log=quiet)
+    encoded.clear()
+    embed_examples(volumes[:2], tower, cache, view, storage_dtype=FLOAT8, log=lines.append)
+    small = embed_examples(volumes, tower, cache, view, storage_dtype=FLOAT8, log=quiet)
+    assert sum(encoded) == 5
+    assert lines[0].startswith("2 volumes, 32 visual tokens and 8.32 kB each (torch.float8_e4m3fn), 16.6 kB")
+    (said,) = [line for line in lines if "relative error" in line]
+    mean, largest = map(float, re.findall(r"\d\.\de-\d+", said))
+    assert 2**-6 < mean <= largest < 2**-4
+    for name in full:
+        exact, read = cache.get(full[name]), cache.get(small[name])
+        assert exact is not None
+        assert read is not None
+        assert torch.equal(read.embeds_V_H, as_read(exact.embeds_V_H, FLOAT8))
 
 
 @pytest.mark.slow

@@ -137,6 +137,8 @@ def test_training_binds_where_engines_are_many_and_a_full_disk_before_it(
     (tmp_path / "cache" / "ab").mkdir(parents=True)
     (tmp_path / "cache" / "ab" / "x.safetensors").write_bytes(b"0" * 1000)
     full = plan(f"embed.cache_dir={tmp_path / 'cache'}")
+    eight_bits = plan("embed.dtype=float8_e4m3fn", f"embed.cache_dir={tmp_path / 'cache'}")
+    assert limits(eight_bits)[0].startswith("disk: the cache needs 128 GB and ")
     assert full.disk_free == 10**9 + 1000
     assert limits(full)[0].startswith("disk: the cache needs 256 GB and ")
 
