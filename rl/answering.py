@@ -42,9 +42,9 @@ class Exam:
         model_path = resolve_model(config.model.path)
         self._builder = PromptBuilder(load_tokenizer(model_path), reasoning_of(config), self._showing.texts)
         self._features = self._source(model_path)
-        self.prompts_at_once = 64 if self._showing.image == "true_region" else 512
-        """Prompts for one call of the engine: enough to fill it, few enough to show progress, and to hold in memory
-        where each has features of its own."""
+        self.prompts_at_once = config.ray.num_engines * (64 if self._showing.image == "true_region" else 512)
+        """Prompts for one call: enough to fill the engines, few enough to show progress, and to hold in memory where
+        each has features of its own."""
 
     def prompt(self, index: int, max_new: int) -> Prompt:
         """Prompt of one example; refused when it and `max_new` tokens do not fit into the context."""

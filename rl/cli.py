@@ -146,7 +146,8 @@ def evaluate(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None, a
     """The benchmark on held-out patients for base, SFT and GRPO, next to baselines that never see the image.
 
     With engine.kind=openai, for the model that the section `openai` names, at any OpenAI-compatible endpoint. What is
-    shown and asked is up to eval.image and eval.prompts; runs of other settings lie beside the usual ones.
+    shown and asked is up to eval.image and eval.prompts; runs of other settings lie beside the usual ones. With
+    ray.num_engines above 1, so many engines share the questions under Ray, placed as the section `ray` says.
     """
     loaded = _stage("eval", config, overrides, again)
     from rl.pipeline import read_runs

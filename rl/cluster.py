@@ -1,4 +1,4 @@
-"""The Ray side of `rl.launch`: a cluster to run on, room on it, and signals that reach the driver."""
+"""The Ray side of `rl.launch` and `rl.pool`: a cluster to run on, room on it, and signals that reach the driver."""
 
 from __future__ import annotations
 
@@ -108,13 +108,17 @@ def reserved(settings: RayConfig, nodes: list[Node]) -> Iterator[tuple[Placement
     groups: list[PlacementGroup] = []
 
     def release_workers() -> None:
-        remove_placement_group(groups.pop())
+        for group in groups[1:]:
+            remove_placement_group(group)
+        del groups[1:]
 
     try:
         for count, request in (
             (settings.num_engines, bundle(settings.cpus_per_engine, settings.gpus_per_engine)),
             (settings.num_workers, bundle(settings.cpus_per_worker, settings.gpus_per_worker)),
         ):
+            if not count:  # the benchmark has no workers
+                continue
             groups.append(placement_group([request] * count, strategy="PACK"))
             if not groups[-1].wait(max(0.0, deadline - time.monotonic())):
                 free = ray.available_resources()

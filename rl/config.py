@@ -268,7 +268,7 @@ class CompareConfig:
 
 @dataclass
 class RayConfig:
-    """Placement of `reasonknee launch`."""
+    """Placement of `reasonknee launch`, and of the engines of `reasonknee eval`."""
 
     address: str = ""
     """Ray cluster address; empty starts a local one."""
@@ -279,6 +279,7 @@ class RayConfig:
     cpus_per_worker: float = 0.5
     gpus_per_worker: float = 0.0
     num_engines: int = 1
+    """Rollout engines; with more than one, the benchmark's questions are shared among so many under Ray as well."""
     cpus_per_engine: float = 1.0
     gpus_per_engine: float = 0.0
     placement_timeout_s: float = 120.0

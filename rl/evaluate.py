@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from rl.answering import Exam, ask, run_meta
@@ -42,14 +43,30 @@ def evaluate(
     examples = limited(config, exam.examples)
     engine.load_adapter(adapter)
     rows = []
-    for start in range(0, len(examples), exam.prompts_at_once):
-        part = range(start, min(start + exam.prompts_at_once, len(examples)))
+    for part in whole_volumes(examples.column("volume_id"), exam.prompts_at_once):
         rows += ask(config, exam, engine, part)
         on_progress(part.stop, len(examples))
     meta = run_meta(config, name, config.model.path, str(adapter) if adapter else None, examples)
     run = write_run(folder, rows, meta)
     write_record(folder / RECORD, _inputs(config, adapter), done=True, seconds=time.monotonic() - started)
     return run
+
+
+def whole_volumes(volume_ids: Sequence[str], at_once: int) -> list[range]:
+    """The positions of items in parts of at most `at_once` (or one volume, if that is more).
+
+    Items of a volume that follow each other stay in one part, which an engine pool gives to one engine: it takes the
+    volume up once.
+    """
+    parts: list[range] = []
+    stop = 0
+    for _, items in groupby(volume_ids):
+        start, stop = stop, stop + len(list(items))
+        if parts and stop - parts[-1].start <= at_once:
+            parts[-1] = range(parts[-1].start, stop)
+        else:
+            parts.append(range(start, stop))
+    return parts
 
 
 def is_current(config: Config, adapter: Path | None, folder: Path) -> bool:

@@ -27,32 +27,22 @@ from ray.train import (
     WorkerGroupError,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.placement_group import PlacementGroup
 from rich.console import Console
 
-from rl.cluster import bundle, cluster, cluster_nodes, ignore_signals, interruptible, reserved, take_signals
+from rl.cluster import bundle, cluster, cluster_nodes, ignore_signals, interruptible, take_signals
 from rl.config import Config, RayConfig
 from rl.data.check import require_best_convention
 from rl.engine import start_ready_engine
 from rl.errors import expected_errors, in_words
 from rl.grpo import train_grpo
-from rl.install_check import check_nodes
 from rl.pipeline import require_sft, show_grpo
-from rl.placement import (
-    Node,
-    PlacementError,
-    check_shares,
-    placement_table,
-    plan,
-    refusal,
-    requested,
-    this_machine,
-)
+from rl.placement import PlacementError, check_shares, placement_table, plan, refusal, requested, this_machine
+from rl.pool import engine_pool, refuse_what_never_fits
 from rl.progress import StageProgress
-from rl.ranks import Home, Job, RankSettings, engine_in_actor, rank_loop
+from rl.ranks import Home, Job, RankSettings, rank_loop
 from rl.stages import STAGES, Stage, run_stage
 from rl.terminal import Failure, Viewer, open_terminal
-from rollouts.pool import EnginePool, PoolLimits
+from rollouts.pool import EnginePool
 from rollouts.types import EngineError
 
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
@@ -101,8 +91,7 @@ def launch(
             check_shares(config.ray)
             if dry_run:
                 return _dry_run(config, console)
-            if not config.ray.address and not ray.is_initialized():
-                _refuse_what_does_not_fit(config.ray, this_machine())
+            refuse_what_never_fits(config.ray)
             check(config)
             if run_stage(config, replace(stage, run=partial(_run, job)), again=again) is None:
                 console.print(f"{stage.title}: nothing has changed since it finished; skipped")
@@ -144,40 +133,9 @@ def _dry_run(config: Config, console: Console) -> int:
 
 def _run(job: Job, config: Config, progress: StageProgress) -> str:
     """The job from cluster to result; everything it starts is ended on the way out."""
-    with cluster(config.ray) as temporary:
-        check_nodes()
-        nodes = cluster_nodes()
-        progress.console.print(placement_table(config.ray, nodes, plan(config.ray, nodes)))
-        with reserved(config.ray, nodes) as (engines_group, release_workers):
-            progress.log(f"starting {config.ray.num_engines} x {config.engine.kind}")
-            pool = _start_pool(job, config, engines_group, temporary)
-            try:
-                release_workers()
-                _fit(job, config, pool, progress, temporary or (Path(config.run_dir) / "ray").resolve())
-            finally:
-                pool.close()
+    with engine_pool(config, job.start_engine, progress) as (pool, temporary):
+        _fit(job, config, pool, progress, temporary or (Path(config.run_dir) / "ray").resolve())
     return f"outputs in {Path(config.run_dir) / 'grpo'}"
-
-
-def _refuse_what_does_not_fit(settings: RayConfig, nodes: list[Node]) -> None:
-    problem = refusal(settings, nodes, plan(settings, nodes))
-    if problem:
-        raise PlacementError(problem)
-
-
-def _start_pool(job: Job, config: Config, group: PlacementGroup, temporary: Path | None) -> EnginePool:
-    engine, settings = config.engine, config.ray
-    # An engine's own watchdog may start it again and repeat the request; other ranks' requests may be before ours.
-    one_request = 2 * engine.generate_timeout_s + engine.start_timeout_s
-    return EnginePool.start(
-        partial(engine_in_actor, job.start_engine, config, Home.here()),
-        settings.num_engines,
-        PoolLimits(start_s=engine.start_timeout_s, generate_s=settings.num_workers * one_request),
-        cpus=settings.cpus_per_engine,
-        gpus=settings.gpus_per_engine,
-        placement_group=group,
-        env={"TMPDIR": str(temporary)} if temporary else None,
-    )
 
 
 def _fit(job: Job, config: Config, pool: EnginePool, progress: StageProgress, storage: Path) -> None:

@@ -6,7 +6,8 @@ Every function takes the config and a progress bar and returns what came out and
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -46,6 +47,7 @@ from rl.stages import (
 from rl.task import feature_dtypes
 from rollouts.cache import EmbeddingCache
 from rollouts.embed import embed_examples
+from rollouts.types import Engine
 from rollouts.vision import VisionTower
 
 __all__ = ["BASE", "BASELINE", "GRPO", "SFT", "STAGES"]
@@ -159,9 +161,7 @@ def run_eval(config: Config, progress: StageProgress) -> str:
     for folder in folders.keys() - set(wanted):
         progress.log(f"{folder.name}: has answered already, with the same model, data and settings")
     if wanted:
-        progress.log(f"starting the {config.engine.kind} engine")
-        engine = start_engine(config)
-        try:
+        with _engine_for_benchmark(config, progress) as engine:
             for number, folder in enumerate(wanted):
 
                 def show(done: int, total: int, number: int = number, name: str = folder.name) -> None:
@@ -173,10 +173,25 @@ def run_eval(config: Config, progress: StageProgress) -> str:
                         f"{folder.name}: former answers, of another model or other settings, are now in {moved}"
                     )
                 evaluate(config, engine, folder.name, folders[folder], folder, show)
-        finally:
-            engine.close()
     names = ", ".join([*made, *(folder.name for folder in folders)])
     return f"answers of {names} in {eval_folder(config, BASE).parent}"
+
+
+@contextmanager
+def _engine_for_benchmark(config: Config, progress: StageProgress) -> Iterator[Engine]:
+    """The engine in this process's charge, or `ray.num_engines` of them under Ray; closed in the end."""
+    if config.ray.num_engines > 1:
+        from rl.pool import engines_alone  # Ray takes seconds to load
+
+        with engines_alone(config, progress) as pool:
+            yield pool
+        return
+    progress.log(f"starting the {config.engine.kind} engine")
+    engine = start_engine(config)
+    try:
+        yield engine
+    finally:
+        engine.close()
 
 
 def run_served(config: Config, progress: StageProgress) -> str:

@@ -107,18 +107,20 @@ def refusal(ray: RayConfig, nodes: Sequence[Node], seats: Sequence[Seat]) -> str
         f"the cluster cannot hold this placement: requested {requested(ray)}; available "
         f"{_amount(sum(n.cpus for n in nodes), sum(n.gpus for n in nodes))} on {len(nodes)} "
         f"node{'s' * (len(nodes) != 1)}; no room for {', '.join(seat.role for seat in homeless)} "
-        f"(each needs {_amount(homeless[0].cpus, homeless[0].gpus)} on one node); lower ray.num_workers, "
-        "ray.num_engines or their shares, or add nodes"
+        f"(each needs {_amount(homeless[0].cpus, homeless[0].gpus)} on one node); lower "
+        f"{'ray.num_workers, ' if ray.num_workers else ''}ray.num_engines or their shares, or add nodes"
     )
 
 
 def requested(ray: RayConfig) -> str:
     """The whole request in words."""
     parts = [
-        f"{ray.num_engines} engine{'s' * (ray.num_engines != 1)} x "
-        f"{_amount(ray.cpus_per_engine, ray.gpus_per_engine)}",
-        f"{ray.num_workers} worker{'s' * (ray.num_workers != 1)} x "
-        f"{_amount(ray.cpus_per_worker, ray.gpus_per_worker)}",
+        f"{count} {role}{'s' * (count != 1)} x {_amount(cpus, gpus)}"
+        for role, count, cpus, gpus in (
+            ("engine", ray.num_engines, ray.cpus_per_engine, ray.gpus_per_engine),
+            ("worker", ray.num_workers, ray.cpus_per_worker, ray.gpus_per_worker),
+        )
+        if count
     ]
     cpus = ray.num_engines * ray.cpus_per_engine + ray.num_workers * ray.cpus_per_worker
     gpus = ray.num_engines * ray.gpus_per_engine + ray.num_workers * ray.gpus_per_worker

@@ -94,7 +94,7 @@ class EngineActor:
 
 def pack(features: VolumeFeatures) -> PackedFeatures:
     embeds = features.embeds_V_H.detach().cpu().contiguous()
-    data = embeds.view(torch.uint8).numpy()
+    data = _bytes_of(embeds)
     return PackedFeatures(
         data, embeds.dtype, tuple(embeds.shape), features.key, features.grid_thw, features.second_per_grid_t
     )
@@ -102,5 +102,11 @@ def pack(features: VolumeFeatures) -> PackedFeatures:
 
 def unpack(packed: PackedFeatures) -> VolumeFeatures:
     # A copy, because the object store's memory is read-only and torch tensors must not be.
-    embeds = torch.from_numpy(np.array(packed.data)).view(packed.dtype).reshape(packed.shape)
+    embeds = torch.empty(packed.shape, dtype=packed.dtype)
+    _bytes_of(embeds)[:] = packed.data
     return VolumeFeatures(packed.key, embeds, packed.grid_thw, packed.second_per_grid_t)
+
+
+def _bytes_of(embeds: torch.Tensor) -> np.ndarray:
+    """The tensor's own memory; flat, because `NO_PICTURE` has no rows to be seen as bytes."""
+    return embeds.view(-1).view(torch.uint8).numpy()

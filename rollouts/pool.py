@@ -275,12 +275,14 @@ def shard_by_volume(prompts: Sequence[Prompt], shards: int, completion_tokens: i
     """Positions of the prompts for each of `shards` engines: whole volumes, about equal numbers of tokens.
 
     A volume costs its visual tokens once, and each of its questions its own tokens plus `completion_tokens`
-    (of all samples together). Largest volume first, each to the engine with the least so far (Graham 1969,
-    longest processing time). Within a shard, prompts stay in order and volumes together.
+    (of all samples together); prompts without a picture share nothing. Largest volume first, each to the engine
+    with the least so far (Graham 1969, longest processing time). Within a shard, prompts stay in order and
+    volumes together.
     """
     volumes: dict[str, list[int]] = {}
     for position, prompt in enumerate(prompts):
-        volumes.setdefault(prompt.features.key, []).append(position)
+        shared = f"blind {position}" if prompt.features.absent else prompt.features.key
+        volumes.setdefault(shared, []).append(position)
     cost = {
         key: len(prompts[members[0]].volume_ids)
         + sum(len(prompts[i].question_ids) + completion_tokens for i in members)

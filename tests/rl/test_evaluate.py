@@ -7,20 +7,25 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rewards.ontology import QUESTIONS
+from rl.answering import Exam
 from rl.bench.answers import read_run
 from rl.choices import split_of
 from rl.config import Config, ConfigError
 from rl.engine import engine_options, start_engine
-from rl.evaluate import evaluate, evaluate_baselines, is_current
+from rl.evaluate import evaluate, evaluate_baselines, is_current, whole_volumes
 from rl.task import Task
 from rl.validation import Validation
 from rollouts.hf_engine import HfEngine
-from rollouts.types import Engine, EngineError
+from rollouts.pool import shard_by_volume
+from rollouts.types import Engine, EngineError, Group, Prompt, Sampling
 from rollouts.vllm_engine import VllmEngine
 
 SHORT = ("eval.max_completion_length=6", "eval.max_examples=5")
@@ -39,6 +44,67 @@ def test_every_question_is_answered_once_and_the_run_says_what_it_is(
     assert sorted(run.answers["example_id"]) == sorted(asked)
     assert (run.meta.name, run.meta.n, run.meta.max_examples) == ("SFT", 5, 5)
     assert progress[-1] == (5, 5)
+
+
+class SharedOut:
+    """Prompts shared out as a pool does, to shards that one engine answers one after another."""
+
+    def __init__(self, engine: Engine, shards: int) -> None:
+        self.engine, self.shards = engine, shards
+        self.calls: list[list[set[str]]] = []
+        """Of each call, the volumes of each shard."""
+
+    def generate(self, prompts: list[Prompt], n: int, sampling: Sampling, seeds: list[int]) -> list[Group]:
+        groups: dict[int, Group] = {}
+        parts = shard_by_volume(prompts, self.shards, n * sampling.max_tokens)
+        self.calls.append([{prompts[i].features.key for i in part} for part in parts])
+        for part in parts:
+            answers = self.engine.generate([prompts[i] for i in part], n, sampling, [seeds[i] for i in part])
+            groups |= dict(zip(part, answers, strict=True))
+        return [groups[i] for i in range(len(prompts))]
+
+    def load_adapter(self, folder: Path | None) -> int:
+        return self.engine.load_adapter(folder)
+
+    def close(self) -> None:
+        pass
+
+
+def test_however_many_engines_share_the_questions_the_answers_are_those_of_one(
+    make_config: Callable[..., Config],
+    engine: Engine,
+    workshop: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And no volume is taken up by two engines, nor in two calls: here a call has room for one and a half volumes."""
+    config, adapter = make_config(SHORT[0]), workshop / "sft"
+    alone = evaluate(config, engine, "SFT", adapter, tmp_path / "alone")
+    shared, exam = SharedOut(engine, 2), Exam.__init__
+
+    def small(self: Exam, config: Config) -> None:
+        exam(self, config)
+        self.prompts_at_once = 6
+
+    monkeypatch.setattr(Exam, "__init__", small)
+    run = evaluate(config, shared, "SFT", adapter, tmp_path / "shared")
+    assert run.answers.equals(alone.answers)
+    taken_up = [volume for call in shared.calls for shard in call for volume in shard]
+    assert len(shared.calls) > 1
+    assert len(taken_up) == len(set(taken_up))
+
+
+@given(st.lists(st.integers(1, 5), max_size=12), st.integers(1, 8))
+def test_parts_hold_whole_volumes_and_every_item_once(sizes: list[int], at_once: int) -> None:
+    volume_ids = [f"v{i}" for i, size in enumerate(sizes) for _ in range(size)]
+    parts = whole_volumes(volume_ids, at_once)
+    assert [i for part in parts for i in part] == list(range(len(volume_ids)))
+    held = [{volume_ids[i] for i in part} for part in parts]
+    assert sum(map(len, held)) == len(sizes)
+    for part, volumes, following in zip_longest(parts, held, parts[1:]):
+        assert len(part) <= at_once or len(volumes) == 1
+        if following:  # no part could have held the next volume too
+            assert len(part) + volume_ids.count(volume_ids[following.start]) > at_once
 
 
 def test_a_run_is_current_until_its_adapter_or_settings_change(

@@ -71,6 +71,14 @@ class TestPlan:
         assert "requested 1 engine x 1 CPU + 2 workers x 1 CPU = 3 CPUs" in problem
         assert "available 2 CPUs on 1 node; no room for worker 1" in problem
 
+    def test_engines_alone_are_asked_for_without_a_word_on_workers(self) -> None:
+        settings = RayConfig(num_workers=0, num_engines=3)
+        nodes = [Node("n", 2, 0)]
+        problem = refusal(settings, nodes, plan(settings, nodes))
+        assert problem is not None
+        assert "requested 3 engines x 1 CPU = 3 CPUs" in problem
+        assert "worker" not in problem
+
     def test_colocated_pairs_share_a_gpu(self) -> None:
         settings = RayConfig(
             placement="colocate", num_workers=2, num_engines=2, gpus_per_worker=0.4, gpus_per_engine=0.6

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from rollouts.actor import EngineLocation, pack, unpack
 from rollouts.pool import EnginePool, PoolLimits, shard_by_volume
-from rollouts.types import EngineError, Group, Prompt, Rollout, Sampling, VolumeFeatures
+from rollouts.types import NO_PICTURE, EngineError, Group, Prompt, Rollout, Sampling, VolumeFeatures
 
 LIMITS = PoolLimits(start_s=60, generate_s=60)
 SAMPLING = Sampling(max_tokens=4)
@@ -101,6 +101,13 @@ def test_sharding_balances_tokens_not_prompts() -> None:
     """Three small volumes weigh less than one large one."""
     prompts = [_prompt(0, 0, visual_tokens=400), *(_prompt(v, 0, visual_tokens=100) for v in (1, 2, 3))]
     assert shard_by_volume(prompts, 2, completion_tokens=10) == [[0], [1, 2, 3]]
+
+
+def test_prompts_without_a_picture_are_spread() -> None:
+    """They have their features, none, in common, and nothing that an engine could share."""
+    prompts = [Prompt(f"{i}", NO_PICTURE, (7,), (8, i)) for i in range(6)]
+    assert [len(shard) for shard in shard_by_volume(prompts, 3, completion_tokens=10)] == [2, 2, 2]
+    assert unpack(pack(NO_PICTURE)).absent
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
