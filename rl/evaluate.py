@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
 from rl.answering import Exam, ask, run_meta
-from rl.bench.answers import BenchRun, write_run
+from rl.bench.answers import BenchRun, answer_row, write_run
 from rl.bench.baselines import BASELINE_MODEL, PRIOR_MODEL, baseline_rows, fit_baselines, prior_rows
+from rl.bench.journal import Entry, Journal
 from rl.choices import reader_of, reasoning_of, split_of
 from rl.config import Config
 from rl.data.examples import Examples, load_examples
@@ -34,21 +38,37 @@ def evaluate(
 ) -> BenchRun:
     """Ask every question of the split, in the setting that `config.eval` names; write `answers.parquet` and `run.json`.
 
+    Answers go into `journal.jsonl` beside them as they come; those it has, from the same inputs, are not asked for.
+
     Args:
         name: how tables call this run.
         adapter: PEFT folder; None for the bare base model.
+
+    Raises:
+        EngineError: see `Engine`; the answers up to there are in the journal.
+        rl.bench.journal.JournalError: a damaged line in the journal.
     """
     started = time.monotonic()
     exam = Exam(config)
     examples = limited(config, exam.examples)
     engine.load_adapter(adapter)
-    rows = []
+    made_from = _inputs(config, adapter)
+    content = json.dumps(asdict(made_from), sort_keys=True)
+    asked_of = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    keys = [f"{asked_of}-{i}" for i in range(len(examples))]  # the position is part of an answer's seed
+    journal = Journal(folder / "journal.jsonl")
     for part in whole_volumes(examples.column("volume_id"), exam.prompts_at_once):
-        rows += ask(config, exam, engine, part)
+        missing = [i for i in part if keys[i] not in journal]
+        for i, row in zip(missing, ask(config, exam, engine, missing), strict=True):
+            journal.append(Entry(keys[i], row.example_id, row.completion, row.finish_reason))
         on_progress(part.stop, len(examples))
+    rows = [
+        answer_row(example, journal[key].completion, journal[key].finish_reason, reader_of(config))
+        for example, key in zip(examples, keys, strict=True)
+    ]
     meta = run_meta(config, name, config.model.path, str(adapter) if adapter else None, examples)
     run = write_run(folder, rows, meta)
-    write_record(folder / RECORD, _inputs(config, adapter), done=True, seconds=time.monotonic() - started)
+    write_record(folder / RECORD, made_from, done=True, seconds=time.monotonic() - started)
     return run
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from rl.base.train import train_base
-from rl.bench.answers import BenchRun, read_run
+from rl.bench.answers import META_FILE, BenchRun, read_run
 from rl.bench.arms import Arm, compare_arms, pairs_of, verdicts
 from rl.bench.console import print_headlines
 from rl.bench.metrics import grade_run
@@ -167,7 +167,7 @@ def run_eval(config: Config, progress: StageProgress) -> str:
                 def show(done: int, total: int, number: int = number, name: str = folder.name) -> None:
                     progress.update(number * total + done, len(wanted) * total, name)
 
-                if folder.exists():
+                if (folder / META_FILE).exists():
                     moved = move_aside(Path(config.run_dir), "eval", [folder])
                     progress.log(
                         f"{folder.name}: former answers, of another model or other settings, are now in {moved}"

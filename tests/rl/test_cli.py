@@ -74,6 +74,8 @@ def test_the_stages_by_name_lead_from_embeddings_to_a_report(
     """Each says what came out and where it is; asked again, it does nothing."""
     grpo = ["grpo", *recipe, "grpo.init_adapter=", "eval.max_examples=4", "compare.bootstrap_draws=50"]
     said = {}
+    (tmp_path / "run" / "eval" / "base").mkdir(parents=True)  # a benchmark that was stopped
+    (tmp_path / "run" / "eval" / "base" / "journal.jsonl").touch()
     for words in (["embed", *recipe], ["sft", *recipe], grpo, ["eval", *grpo[1:]]):
         result = cli(*words)
         assert result.exit_code == 0, (result.output, result.exception)
@@ -82,6 +84,7 @@ def test_the_stages_by_name_lead_from_embeddings_to_a_report(
     assert re.search(rf"SFT: validation loss .* of 2; adapter in {tmp_path}/run/sft/adapter", said["sft"])
     assert re.search(rf"GRPO: adapter in {tmp_path}/run/grpo/adapter", said["grpo"])
     assert f"benchmark: answers of baseline, prior, base, SFT, GRPO in {tmp_path}/run/eval" in said["eval"]
+    assert "former answers" not in said["eval"]
     assert "Loading weights" not in "".join(said.values())
 
     compared = cli("compare", "SFT", "GRPO", *grpo[1:])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -92,6 +93,52 @@ def test_however_many_engines_share_the_questions_the_answers_are_those_of_one(
     taken_up = [volume for call in shared.calls for shard in call for volume in shard]
     assert len(shared.calls) > 1
     assert len(taken_up) == len(set(taken_up))
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_questions_that_are_left(
+    make_config: Callable[..., Config],
+    engine: Engine,
+    workshop: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Answers of another adapter, or to the same adapter in another setting, are not taken for them."""
+    config, adapter = make_config(SHORT[0]), workshop / "sft"
+    alone = evaluate(config, engine, "SFT", adapter, tmp_path / "alone")
+    asked: list[str] = []
+
+    class Mortal(SharedOut):
+        calls_left = 1
+
+        def generate(self, prompts: list[Prompt], *rest: Any) -> list[Group]:
+            if not self.calls_left:
+                raise EngineError("engine 1 died")
+            self.calls_left -= 1
+            asked.extend(prompt.example_id for prompt in prompts)
+            return super().generate(prompts, *rest)
+
+    whole = Exam.__init__
+
+    def small(self: Exam, config: Config) -> None:
+        whole(self, config)
+        self.prompts_at_once = 6
+
+    monkeypatch.setattr(Exam, "__init__", small)
+    for stopped in (
+        (config, None),
+        (make_config(SHORT[0], "eval.temperature=1"), adapter),
+        (config, adapter),
+    ):
+        asked.clear()
+        with pytest.raises(EngineError, match="engine 1 died"):
+            evaluate(stopped[0], Mortal(engine, 2), "SFT", stopped[1], tmp_path / "run")
+        assert asked
+        assert not (tmp_path / "run" / "run.json").exists()
+    immortal = Mortal(engine, 2)
+    immortal.calls_left = 10
+    run = evaluate(config, immortal, "SFT", adapter, tmp_path / "run")
+    assert sorted(asked) == sorted(alone.answers["example_id"])  # each once
+    assert run.answers.equals(alone.answers)
 
 
 @given(st.lists(st.integers(1, 5), max_size=12), st.integers(1, 8))
