@@ -90,23 +90,24 @@ def plan_patients(
     }  # fmt: skip
     if grades not in modes:
         raise ConfigError(f"phantom.grades is {grades!r}; give one of {', '.join(modes)}")
-    rng = np.random.default_rng((seed, 0))
-    ids = iter(rng.choice(1_000_000, sum(counts.values()), replace=False))
+    ids = np.random.default_rng((seed, 0)).permutation(1_000_000)
     plans: dict[str, list[Patient]] = {}
     scans = 0
     for split_index, (split, count) in enumerate(counts.items()):
         plans[split] = []
         for i in range(count):
             mode = modes[grades][i % len(modes[grades])]
-            patient = _plan(rng, f"9{next(ids):06d}", max_visits, mode, (seed, 1 + split_index, i), scans)
+            patient_id = (
+                f"9{ids[i * len(counts) + split_index]:06d}"  # no split's patients depend on another's number
+            )
+            patient = _plan(patient_id, max_visits, mode, (seed, 1 + split_index, i), scans)
             scans += sum(len(knee) for knee in patient.knees)
             plans[split].append(patient)
     return plans
 
 
-def _plan(
-    rng: np.random.Generator, patient_id: str, max_visits: int, mode: Mode, seed: tuple[int, ...], first: int
-) -> Patient:
+def _plan(patient_id: str, max_visits: int, mode: Mode, seed: tuple[int, ...], first: int) -> Patient:
+    rng = np.random.default_rng((*seed, 1))  # a trailing 0 would be the stream of `seed` itself
     later = sorted(rng.choice(len(LATER_VISITS), rng.integers(max_visits), replace=False))
     visits = (BASELINE, *(LATER_VISITS[i] for i in later))
     sides: tuple[Side, ...] = ("right", "left")

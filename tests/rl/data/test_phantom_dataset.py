@@ -159,6 +159,17 @@ def test_mixed_grades_make_every_second_patient_balanced() -> None:
     assert {p.mode for p in plan_patients({"train": 4}, 3, "natural", 0)["train"]} == {"natural"}
 
 
+def test_more_patients_in_one_split_change_nobody_in_another() -> None:
+    """Nor those the split had before: more test patients can be added to a trained model."""
+    few = plan_patients({"train": 5, "val": 2, "test": 3}, 3, "mixed", 0)
+    many = plan_patients({"train": 5, "val": 2, "test": 9}, 3, "mixed", 0)
+    assert (many["train"], many["val"], many["test"][:3]) == (few["train"], few["val"], few["test"])
+    more = plan_patients({"train": 8, "val": 2, "test": 3}, 3, "mixed", 0)
+    scans = [[(s.patient_id, s.visit, s.study) for k in p.knees for s in k] for p in more["test"]]
+    assert scans == [[(s.patient_id, s.visit, s.study) for k in p.knees for s in k] for p in few["test"]]
+    assert [p.seed for p in more["test"]] == [p.seed for p in few["test"]]  # lesions and noise
+
+
 def test_every_split_has_both_sides_and_several_visits() -> None:
     plans = plan_patients({"train": 96, "val": 16, "test": 40}, 3, "mixed", 0)
     for patients in plans.values():
