@@ -49,7 +49,8 @@ data:
   root: {folder}/data
   question_ids: [1, 16, 42, 60]
 phantom:
-  {{train_patients: 3, val_patients: 2, test_patients: 2, max_visits: 1, shape: [48, 48, 12], grades: balanced}}
+  {{seed: 12, train_patients: 3, val_patients: 2, test_patients: 2, max_visits: 1,
+   shape: [48, 48, 12], grades: balanced}}
 view: {{height: 32, width: 32}}
 model: {{path: {folder}/base, device: cpu, lora: {{r: 4, alpha: 8, dropout: 0.1}}}}
 embed: {{cache_dir: {folder}/cache}}

@@ -196,6 +196,7 @@ def test_a_prompt_longer_than_the_context_names_the_lengths_and_the_setting(
     assert "24 visual tokens" in message
 
 
+@pytest.mark.slow
 def test_features_that_were_damaged_on_disk_are_named_and_made_again(
     workshop: Path, tmp_path: Path, words: list[str | Path], cli: Cli, refusal: Refusal
 ) -> None:

@@ -217,6 +217,7 @@ def test_a_finished_run_started_again_does_nothing(
     assert all(torch.equal(before[name], tensor) for name, tensor in tensors(adapter).items())
 
 
+@pytest.mark.slow
 def test_groups_without_signal_make_room_for_other_questions(
     workshop: Path, make_trainer: MakeTrainer
 ) -> None:
@@ -269,6 +270,7 @@ def test_a_step_without_any_signal_moves_nothing_but_still_probes_the_engine(
     assert agreement.tokens == sum(len(r.token_ids) for r in scored[0].group.rollouts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_splitting_into_microbatches_never_changes_the_gradient(
     make_trainer: MakeTrainer, beta: float
@@ -397,6 +399,7 @@ def test_importance_correction_changes_nothing_while_engine_and_trainer_agree(
     assert halved["importance"] == pytest.approx(halved["tokens"] / 2, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_an_overlapped_run_trains_on_what_the_weights_before_the_last_update_said(
     make_config: Callable[..., Config], engine: Engine, accelerator: Accelerator
 ) -> None:
@@ -485,6 +488,7 @@ def test_each_step_asks_something_else_and_is_reproducible(make_trainer: MakeTra
     assert len(set(said(0))) == len(said(0))
 
 
+@pytest.mark.slow
 def test_validation_is_the_benchmark_on_greedy_answers_and_picks_the_adapter(
     make_config: Callable[..., Config], engine: Engine, accelerator: Accelerator
 ) -> None:
@@ -518,6 +522,7 @@ def test_the_best_adapter_by_the_primary_endpoint_is_kept(tmp_path: Path) -> Non
         best.offer(4, {"validation/iou": 0.5}, tmp_path / "adapter-3")
 
 
+@pytest.mark.slow
 def test_a_scheduled_parameter_rises_with_the_score_and_outlives_a_restart(
     make_config: Callable[..., Config], workshop: Path, engine: Engine, accelerator: Accelerator
 ) -> None:

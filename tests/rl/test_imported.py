@@ -26,14 +26,15 @@ from rl.pipeline import run_import
 RECIPE = """
 data: {{root: {folder}/data, question_ids: [1, 16, 42, 60]}}
 phantom:
-  {{train_patients: 2, val_patients: 1, test_patients: 3, max_visits: 1, shape: [48, 48, 12], grades: balanced}}
+  {{seed: 12, train_patients: 2, val_patients: 1, test_patients: 3, max_visits: 1,
+   shape: [48, 48, 12], grades: balanced}}
 compare: {{bootstrap_draws: 50}}
 """
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe whose phantoms are written: 3 test knees with 4 questions each, 12 items."""
+    """A recipe whose phantoms are written, one knee a patient: 3 test knees with 4 questions each, 12 items."""
     folder = tmp_path_factory.mktemp("imported")
     path = folder / "recipe.yaml"
     path.write_text(RECIPE.format(folder=folder))

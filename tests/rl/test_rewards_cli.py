@@ -78,6 +78,7 @@ def test_a_new_reward_and_its_test_pass_as_they_stand(tmp_path: Path, cli: Cli, 
         assert "a Python name that no shipped reward has" in refusal("rewards", "new", tmp_path / name)
 
 
+@pytest.mark.slow
 def test_the_red_team_lets_sound_rewards_pass_and_names_what_beats_others(
     workshop: Path, tmp_path: Path, cli: Cli, refusal: Refusal
 ) -> None:

@@ -42,6 +42,7 @@ def _completions(quiz: Quiz) -> Iterator[tuple[list[int], list[Said], int]]:
         yield [*prompt, *completion.token_ids], said, length
 
 
+@pytest.mark.slow
 def test_every_answered_token_knows_where_its_finding_is_named(trainer: LanguageTrainer) -> None:
     quiz = trainer.data.exams(0, _ASKED)
     answered = set()

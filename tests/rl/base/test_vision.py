@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from rl.base.knees import make_knees
@@ -11,6 +12,7 @@ from rl.config import PhantomConfig, VolumeViewConfig
 from rollouts.volumes import PatchSizes
 
 
+@pytest.mark.slow
 def test_whitened_visual_tokens_have_mean_zero_and_equal_variance_in_all_directions() -> None:
     sizes = PatchSizes(8, 2, 2)
     knees = list(make_knees(2, 0, PhantomConfig(), VolumeViewConfig(), sizes))
