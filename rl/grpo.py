@@ -144,9 +144,7 @@ class GRPOTrainer:
         scored, drawn = self._scored_groups(step, watch)
         behind, self._behind = self._behind, None
         if self.settings.overlap and not last:
-            self._publish()
-            self._behind = [p.detach().clone() for p in trainable(self.policy)]
-            self.generation.draw_ahead(done)
+            self._draw_ahead(done)
             watch.lap("seconds/sync")
         lr = float(self.schedule.get_last_lr()[0])
         sums, agreement = self._update(scored, behind)
@@ -209,6 +207,12 @@ class GRPOTrainer:
         scored = self.scorer.score(groups)
         watch.lap("seconds/reward")
         return scored
+
+    def _draw_ahead(self, step: int) -> None:
+        """Let the engine answer a later step's questions with the present weights, which are remembered."""
+        self._publish()
+        self._behind = [p.detach().clone() for p in trainable(self.policy)]
+        self.generation.draw_ahead(step)
 
     def _update(
         self, scored: list[ScoredGroup], behind: list[torch.Tensor] | None = None
