@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -28,15 +29,42 @@ def update_page(
     Raises:
         SystemExit: the page has no marks for the benchmark.
     """
-    figures, text = page.with_suffix(".json"), page.with_suffix(".md")
+    figures, path = page.with_suffix(".json"), page.with_suffix(".md")
     known = json.loads(figures.read_text()) if figures.exists() else {}
     machine = f"{platform.machine()}, {psutil.cpu_count()} cores"
     known.setdefault(benchmark, {})[key] = {**cell, "machine": machine}
     write_atomically(figures, json.dumps(known, indent=1) + "\n")
+    text = _between(path.read_text(), benchmark, section(list(known[benchmark].values())), path)
+    if {"train_step", "rollout_speed"} <= known.keys():
+        text = _between(text, "iterations", iterations(known), path)
+    write_atomically(path, text)
+
+
+def iterations(known: Mapping[str, Mapping[str, Any]]) -> str:
+    """Whole steps per hour: what the two benchmarks took for one volume, sampling and training, added up."""
+    lines = [
+        "| questions | stock TRL and vLLM, an hour | here, an hour | ratio |",
+        "|---|---|---|---|",
+    ]
+    trained = known["train_step"].get("2000-8")
+    for questions in (1, 4):
+        sampled = known["rollout_speed"].get(f"2000-{questions}-on")
+        if trained and sampled:
+            seconds = [
+                median(sampled["seconds"][engine]) / sampled["volumes"]
+                + questions * median(trained["seconds"][arm])
+                for engine, arm in (("pictures", "trl"), ("features", f"packed-{questions}"))
+            ]
+            theirs, ours = (3600 / s for s in seconds)
+            lines.append(f"| {questions} | {theirs:.0f} | {ours:.0f} | {ours / theirs:.1f} |")
+    return "\n".join(lines)
+
+
+def _between(text: str, benchmark: str, body: str, path: Path) -> str:
+    """The page's text with another body between the marks of a benchmark."""
     start, end = f"<!-- {benchmark} -->", f"<!-- end of {benchmark} -->"
-    before, found, rest = text.read_text().partition(start)
+    before, found, rest = text.partition(start)
     _, closed, after = rest.partition(end)
     if not (found and closed):
-        raise SystemExit(f"{text} has no lines {start} and {end} to write the figures between")
-    body = section(list(known[benchmark].values()))
-    write_atomically(text, f"{before}{start}\n{body}\n{end}{after}")
+        raise SystemExit(f"{path} has no lines {start} and {end} to write the figures between")
+    return f"{before}{start}\n{body}\n{end}{after}"

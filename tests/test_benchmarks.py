@@ -11,6 +11,34 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+from performance_page import update_page  # noqa: E402  (a script's neighbour, in no package)
+
+
+def test_the_page_keeps_every_cell_and_adds_up_whole_steps_once_it_has_both_parts(tmp_path: Path) -> None:
+    marks = [
+        f"<!-- {end}{name} -->"
+        for name in ("a", "train_step", "rollout_speed", "iterations")
+        for end in ("", "end of ")
+    ]
+    page = tmp_path / "page"
+    page.with_suffix(".md").write_text("\n".join(marks) + "\n")
+    trained = {"seconds": {"trl": [10.0, 9.0, 11.0], "packed-1": [1.0], "packed-4": [0.5]}}
+    sampled = {"volumes": 2, "seconds": {"pictures": [40.0], "features": [6.0]}}
+    update_page(page, "train_step", "2000-8", trained, lambda cells: f"{len(cells)} trained")
+    assert "1 trained" in page.with_suffix(".md").read_text()
+    assert "| ratio |" not in page.with_suffix(".md").read_text()
+    for questions in (1, 4):
+        update_page(
+            page, "rollout_speed", f"2000-{questions}-on", sampled, lambda cells: f"{len(cells)} sampled"
+        )
+    text = page.with_suffix(".md").read_text()
+    assert "1 trained" in text
+    assert "2 sampled" in text
+    assert "| 1 | 120 | 900 | 7.5 |" in text  # 20 + 10 seconds, 3 + 1 seconds
+    assert "| 4 | 60 | 720 | 12.0 |" in text
+    with pytest.raises(SystemExit, match="has no lines <!-- b -->"):
+        update_page(page, "b", "", {}, lambda cells: "")
 
 
 @pytest.mark.slow
