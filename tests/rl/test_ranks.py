@@ -77,7 +77,7 @@ def test_each_rank_replaces_its_own_groups_without_signal(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [run for run in RUNS if run != "resampled"])
-def test_two_ranks_make_the_step_of_one(folder: Path, run: str) -> None:
+def test_two_ranks_make_the_step_of_one(workshop: Path, folder: Path, run: str) -> None:
     (one, one_adapter), (two, two_adapter) = (outcome(folder / f"{run}-{ranks}") for ranks in (1, 2))
     assert len(one) == len(two) == (3 if run == "watched" else 2)  # step 0 is the validation of the start
     for expected, got in zip(one, two, strict=True):
@@ -86,5 +86,7 @@ def test_two_ranks_make_the_step_of_one(folder: Path, run: str) -> None:
             if not name.startswith("seconds"):
                 assert got[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
         assert expected["step"] == 0 or got["grad_norm"] > 0
+    start = load_file(workshop / "sft" / "adapter_model.safetensors")
     for name, tensor in one_adapter.items():
-        torch.testing.assert_close(two_adapter[name], tensor, rtol=1e-3, atol=1e-4)
+        # not element by element: where a gradient is nearly 0, Adam moves by its sign, and so by the order of a sum
+        assert (two_adapter[name] - tensor).norm() <= 5e-3 * (tensor - start[name]).norm(), name
