@@ -241,6 +241,7 @@ def run_compare(config: Config, progress: StageProgress, *words: str) -> str:
         comparisons,
         metrics if metrics.exists() else None,
         parse_convention(config.data.box_convention).axes,
+        config.rewards,
     )
     if len(pairs_of(comparisons)) > 1:
         print_headlines(comparisons, progress.console)

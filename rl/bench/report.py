@@ -25,8 +25,9 @@ from rl.bench.differences import differences_table, seeds_table, settings_of_pai
 from rl.bench.endpoints import OVERALL
 from rl.bench.markup import latex, markdown
 from rl.bench.metrics import Graded, Tables, grade_histogram, on_equal_terms, tables
-from rl.bench.samples import Sample, choose, make_sample
+from rl.bench.samples import Sample, choose, make_sample, reward_suites
 from rl.bench.views import TableView, all_views
+from rl.config_rewards import RewardsConfig
 from rl.errors import staged
 
 REPORT_FILE = "report.html"
@@ -39,6 +40,7 @@ def write_report(
     comparisons: Sequence[ArmComparison],
     metrics_jsonl: Path | None = None,
     axes: Sequence[int] = (2, 0, 1),
+    rewards: RewardsConfig | None = None,
 ) -> Path:
     """Write `report.html`, `tables.md`, `tables.tex`, `results.json`, and `samples.parquet`: every item as graded.
 
@@ -53,6 +55,7 @@ def write_report(
         comparisons: what the verdict is about, each further arm against the reference.
         metrics_jsonl: log of the GRPO run, for its curves.
         axes: file axis of slice, x and y (`rl.data.boxes.Convention.axes`), to cut the volumes.
+        rewards: what the samples are scored by, component by component; None to leave it out.
 
     Returns:
         The path of `report.html`.
@@ -69,7 +72,7 @@ def write_report(
         .get_template("report.html.j2")
         .render(
             **_verdict_part(comparisons),
-            **_first_pair_part(runs, graded, comparisons, axes),
+            **_first_pair_part(runs, graded, comparisons, axes, rewards),
             runs=runs,
             views=views,
             failures={name: t.failures for name, t in by_run.items()},
@@ -107,13 +110,15 @@ def _first_pair_part(
     graded: Mapping[str, Graded],
     comparisons: Sequence[ArmComparison],
     axes: Sequence[int],
+    rewards: RewardsConfig | None,
 ) -> dict[str, Any]:
     """Samples and figures of the first pair of runs."""
     pair = comparisons[0].pairs[0]
     arms = [_find(runs, meta.name) for meta in (pair.a, pair.b)]
     arm_runs, arm_graded = [runs[name] for name in arms], on_equal_terms(*(graded[name] for name in arms))
     chosen = choose(*arm_graded)
-    samples = [make_sample(item, kind, arm_runs, arm_graded, axes) for item, kind in chosen.items()]
+    suites = reward_suites(rewards, [run.meta for run in arm_runs]) if rewards else []
+    samples = [make_sample(item, kind, arm_runs, arm_graded, axes, suites) for item, kind in chosen.items()]
     fixed = [name for name, run in runs.items() if run.meta.model == BASELINE_MODEL]
     box_given = pair.a.box_given or pair.b.box_given
     return {

@@ -9,10 +9,13 @@ from typing import Literal
 import polars as pl
 
 from rewards.ontology import QUESTIONS, Question
+from rewards.suite import RewardRow, RewardSuite
 from rewards.types import Answer
-from rl.bench.answers import BenchRun, row_truth
+from rl.bench.answers import BenchRun, examples_of, row_truth
+from rl.bench.meta import RunMeta
 from rl.bench.metrics import Graded, read_row
 from rl.bench.planes import Plane, draw_planes, load_volume
+from rl.config_rewards import RewardsConfig
 from rollouts.prompts import answer_template, question_text
 from rollouts.volumes import VolumeError
 
@@ -37,6 +40,15 @@ class GradeLine:
 
 
 @dataclass(frozen=True, slots=True)
+class RewardLine:
+    """What one component of the reward, or all together, paid both answers, as text."""
+
+    component: str
+    a: str
+    b: str
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One item with both answers."""
 
@@ -45,6 +57,8 @@ class Sample:
     category: str
     question: str
     grades: tuple[GradeLine, ...]
+    rewards: tuple[RewardLine, ...]
+    """Empty where no rewards are configured, or a box was given."""
     iou_a: float | None
     iou_b: float | None
     strict_a: bool
@@ -91,8 +105,29 @@ def choose(a: Graded, b: Graded, count: int = 6) -> dict[str, Kind]:
     return chosen
 
 
+def reward_suites(settings: RewardsConfig, metas: Sequence[RunMeta]) -> list[RewardSuite]:
+    """The configured rewards for each run, with the reader of that run; none where one was shown the true region.
+
+    Rewards that rise with performance stand where they started. One that fails costs its own figure only.
+    """
+    if any(meta.box_given for meta in metas):
+        return []
+    return [
+        RewardSuite.from_config(
+            {"components": settings.components, "reader": meta.reader, "on_error": "score_none"},
+            reasoning=meta.reasoning,
+        )
+        for meta in metas
+    ]
+
+
 def make_sample(
-    example_id: str, kind: Kind, arms: Sequence[BenchRun], graded: Sequence[Graded], axes: Sequence[int]
+    example_id: str,
+    kind: Kind,
+    arms: Sequence[BenchRun],
+    graded: Sequence[Graded],
+    axes: Sequence[int],
+    suites: Sequence[RewardSuite] = (),
 ) -> Sample:
     """Everything the report shows of one item.
 
@@ -102,6 +137,7 @@ def make_sample(
         arms: the runs a and b.
         graded: the same, graded.
         axes: file axis of slice, x and y (`rl.data.boxes.Convention.axes`).
+        suites: what rewards the answers of a and of b; empty for none.
     """
     a, b = arms
     this = pl.col("example_id") == example_id
@@ -122,6 +158,7 @@ def make_sample(
         category=question.category,
         question=question_text(question).removesuffix(answer_template(question)).strip(),
         grades=_grade_lines(question, truth.grades, answer_a, answer_b),
+        rewards=_reward_lines(suites, [run.answers.filter(this) for run in arms]) if suites else (),
         iou_a=item_a["iou"],
         iou_b=item_b["iou"],
         strict_a=item_a["strict"],
@@ -152,6 +189,26 @@ def _grade_lines(question: Question, truth: Mapping[str, int], a: Answer, b: Ans
         right = [None if grades[0] is None else grade == grades[0] for grade in grades[1:]]
         lines.append(GradeLine(name, texts[0], texts[1], texts[2], right[0], right[1]))
     return tuple(lines)
+
+
+def _reward_lines(suites: Sequence[RewardSuite], answers: Sequence[pl.DataFrame]) -> tuple[RewardLine, ...]:
+    """A line for each component that judges an answer by itself, and one for the total."""
+    a, b = (
+        suite.score(next(examples_of(row)), row["completion"][0])
+        for suite, row in zip(suites, answers, strict=True)
+    )
+    names = [name for name in suites[0].names if name not in suites[0].group_rewards]
+    lines = [RewardLine(_weighted(name, a), _paid(name, a), _paid(name, b)) for name in names]
+    return (*lines, RewardLine("Total", f"{a.total:.3f}", f"{b.total:.3f}"))
+
+
+def _weighted(name: str, row: RewardRow) -> str:
+    return f"{name} (weight {row.weights[name]:.2f})" if name in row.weights else name
+
+
+def _paid(name: str, row: RewardRow) -> str:
+    score = row.components[name]
+    return f"{score:.3f}" if score is not None else "failed" if name in row.errors else "does not apply"
 
 
 def _capped(text: str) -> str:

@@ -15,15 +15,16 @@ import polars as pl
 import pytest
 from playwright.sync_api import sync_playwright
 
-from rl.bench.answers import BenchRun, make_run
+from rl.bench.answers import BenchRun, examples_of, make_run
 from rl.bench.arms import Arm, ArmComparison, compare_arms, verdicts
 from rl.bench.baselines import BASELINE_MODEL, baseline_rows, fit_baselines
 from rl.bench.compare import compare, verdict
 from rl.bench.figures import MetricsError, grade_histograms, read_metrics, reward_curves
 from rl.bench.metrics import grade_histogram, grade_run
 from rl.bench.report import write_report
-from rl.bench.samples import choose
+from rl.bench.samples import choose, make_sample, reward_suites
 from rl.config import CompareConfig
+from rl.config_rewards import RewardComponent, RewardsConfig
 
 QUICK = CompareConfig(bootstrap_draws=500)
 IDS = [1, 16, 30, 42, 44, 60]
@@ -48,7 +49,8 @@ class Page(HTMLParser):
 
 def report_on(folder, runs, comparison, log=None):
     graded = {name: grade_run(run) for name, run in runs.items()}
-    return write_report(folder, runs, graded, [ArmComparison("SFT", "GRPO", (comparison,))], log)
+    arms = [ArmComparison("SFT", "GRPO", (comparison,))]
+    return write_report(folder, runs, graded, arms, log, rewards=RewardsConfig())
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +149,44 @@ def test_samples_show_three_planes_or_say_why_not(page):
     assert any(
         "truth" in (attributes.get("class") or "") for tag, attributes in page.elements if tag == "rect"
     )
+
+
+def test_samples_show_what_each_component_of_the_reward_paid_both_answers(built):
+    _, runs, _ = built
+    graded = [grade_run(runs[name]) for name in ("SFT", "GRPO")]
+    item = runs["SFT"].answers["example_id"][0]  # a hostile completion against a sound one
+    suites = reward_suites(RewardsConfig(), [runs["SFT"].meta, runs["GRPO"].meta])
+    sample = make_sample(item, "gain", [runs["SFT"], runs["GRPO"]], graded, (2, 0, 1), suites)
+    row = runs["GRPO"].answers.filter(pl.col("example_id") == item)
+    (example,) = examples_of(row)
+    paid = suites[1].score(example, row["completion"][0])
+    assert [line.component for line in sample.rewards] == [
+        *("output_format (weight 0.09)", "moaks_accuracy (weight 0.45)", "box_iou (weight 0.45)", "Total")
+    ]
+    assert [line.a for line in sample.rewards] == ["0.000"] * 4
+    assert [line.b for line in sample.rewards] == [
+        *(f"{score:.3f}" for score in (*paid.components.values(), paid.total))
+    ]
+
+
+def test_a_reward_that_cannot_score_a_sample_says_so_and_costs_no_report(built, tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text("from rewards import reward\n@reward\ndef broken(answer):\n    raise KeyError('x')\n")
+    settings = RewardsConfig(components=[RewardComponent(name=f"{broken}:broken")])
+    _, runs, _ = built
+    arms = [runs["SFT"], runs["GRPO"]]
+    suites = reward_suites(settings, [run.meta for run in arms])
+    item = arms[0].answers["example_id"][0]
+    sample = make_sample(item, "gain", arms, [grade_run(run) for run in arms], (2, 0, 1), suites)
+    assert [(line.component, line.a, line.b) for line in sample.rewards] == [
+        ("broken", "failed", "failed"),
+        ("Total", "0.000", "0.000"),
+    ]
+
+
+def test_the_page_shows_the_rewards_of_every_sample(built, page):
+    samples = sum(tag == "article" for tag, _ in page.elements)
+    assert page.words.count("moaks_accuracy (weight") == samples
 
 
 @pytest.fixture(scope="module")
@@ -272,8 +312,9 @@ def test_the_boxes_of_a_run_that_was_shown_the_true_regions_are_measured_nowhere
     runs = {"SFT": answered(items, "SFT", 0.4), "cut": answered_cut_out(items, "cut")}
     graded = {name: grade_run(run) for name, run in runs.items()}
     arms = [ArmComparison("SFT", "cut", (compare(*runs.values(), QUICK),))]
-    html = write_report(tmp_path, runs, graded, arms).read_text()
+    html = write_report(tmp_path, runs, graded, arms, rewards=RewardsConfig()).read_text()
     words = Page(html).words
+    assert "moaks_accuracy" not in words
     setting = "cut: shown the true region alone, own prompts; SFT: shown the volume, own prompts"
     assert f"Setting: {setting}." in words.partition("Table 2")[0]  # in the heading
     table3 = words.partition("Table 3: mean IoU of boxes")[2].partition("Boxes: spread")[0]
