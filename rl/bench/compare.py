@@ -114,18 +114,20 @@ def check_same_items(a: BenchRun, b: BenchRun) -> None:
         CompareError: naming the differing fields of run.json, or of the first items that differ.
     """
     names = f"{a.meta.name!r} and {b.meta.name!r}"
-    for field in ("dataset_fingerprint", "split_file", "reader", "question_ids"):
-        ours, theirs = getattr(a.meta, field), getattr(b.meta, field)
-        if ours != theirs:
-            raise CompareError(
-                f"runs {names} differ in {field}: {_short(ours)} against {_short(theirs)}; evaluate both again "
-                "with the same test file, question set and reader"
-                + (
-                    "; or add rewards.reader=tolerant, which reads all as they are stored"
-                    if field == "reader"
-                    else ""
-                )
-            )
+    terms_of_both = {
+        field: (getattr(a.meta, field), getattr(b.meta, field))
+        for field in ("dataset_fingerprint", "split_file", "reader", "question_ids")
+    }
+    differing = {field: both for field, both in terms_of_both.items() if both[0] != both[1]}
+    if differing:
+        shown = "; ".join(
+            f"{field}: {_short(ours)} against {_short(theirs)}" for field, (ours, theirs) in differing.items()
+        )
+        tolerant = "; or add rewards.reader=tolerant, which reads all as they are stored"
+        raise CompareError(
+            f"runs {names} differ in {shown}; evaluate both again with the same test file, question set and reader"
+            + (tolerant if differing.keys() == {"reader"} else "")
+        )
     ours, theirs = (run.answers.select("example_id", "item_hash") for run in (a, b))
     both = ours.join(theirs, on="example_id", how="full", suffix="_b", coalesce=False)
     lone = both.filter(pl.col("example_id").is_null() | pl.col("example_id_b").is_null())
@@ -135,16 +137,16 @@ def check_same_items(a: BenchRun, b: BenchRun) -> None:
             f"runs {names}: {lone.height} items are in one run only, e.g. {', '.join(items)}; "
             "evaluate both on the same items"
         )
-    differing = both.filter(pl.col("item_hash") != pl.col("item_hash_b"))
-    if differing.height:
-        item = differing["example_id"][0]
+    changed = both.filter(pl.col("item_hash") != pl.col("item_hash_b"))
+    if changed.height:
+        item = changed["example_id"][0]
         row_a, row_b = (
             run.answers.row(by_predicate=pl.col("example_id") == item, named=True) for run in (a, b)
         )
         fields = [c for c in HASHED if row_a[c] != row_b[c]]
         shown = "; ".join(f"{c}: {_short(row_a[c])} against {_short(row_b[c])}" for c in fields)
         raise CompareError(
-            f"runs {names}: {differing.height} items differ in what they are graded on, e.g. {item}: "
+            f"runs {names}: {changed.height} items differ in what they are graded on, e.g. {item}: "
             f"{shown}; evaluate both on the same data"
         )
 
@@ -287,6 +289,13 @@ def outcome_of(interval: Interval) -> str:
     if interval.low > 0:
         return "won"
     return "lost" if interval.high < 0 else "no difference shown"
+
+
+def corrected_outcome(interval: Interval, p_holm: float, confidence: float) -> str:
+    """`outcome_of`, and whether Holm's correction takes it back: `won, Holm > 0.05`."""
+    result = outcome_of(interval)
+    fell = result != "no difference shown" and p_holm > 1 - confidence
+    return f"{result}, Holm > {1 - confidence:.2g}" if fell else result
 
 
 def verdict(comparison: Comparison) -> str:

@@ -10,9 +10,8 @@ from rl.bench.compare import (
     POWER,
     Comparison,
     Difference,
+    corrected_outcome,
     detectable,
-    outcome,
-    outcome_of,
     primary_and_usual,
     signed,
 )
@@ -45,7 +44,10 @@ def differences_table(comparisons: Sequence[ArmComparison]) -> TableView:
     level = f"{first.confidence:.0%}"
     several = len(pairs) > 1
     rows = [
-        Row((_name(*key), *([_of(pair.a.name, pair.b.name)] if several else []), *_cells(d)), "plain")
+        Row(
+            (_name(*key), *([_of(pair.a.name, pair.b.name)] if several else []), *_cells(d, pair.confidence)),
+            "plain",
+        )
         for key in shown_endpoints(first)
         for pair in pairs
         if (d := pair.get(*key)) is not None
@@ -56,10 +58,10 @@ def differences_table(comparisons: Sequence[ArmComparison]) -> TableView:
     )
     return TableView(
         title,
-        f"Setting: {settings_of_pairs(comparisons)}. "
+        f"{_answered(comparisons)}. "
         f"{level} intervals: bootstrap-t over patients, {first.draws:,} draws, seed {first.seed}. "
         "p: patient-level sign-flip test; Holm: corrected over "
-        f"{correction(len(pairs), 'pairs of runs')}. {_power_note(first)}",
+        f"{correction(len(pairs), 'pairs of runs')}. {_outcome_note(first)} {_power_note(first)}".rstrip(),
         ("Endpoint", *names, "Difference", f"{level} interval", "p", "Holm", "Outcome", "n", "Patients"),
         tuple(rows),
     )
@@ -70,6 +72,18 @@ def settings_of_pairs(comparisons: Sequence[ArmComparison]) -> str:
     return settings_words({run.name: run for pair in pairs_of(comparisons) for run in (pair.b, pair.a)})
 
 
+def _answered(comparisons: Sequence[ArmComparison]) -> str:
+    """What every table says first, the same for all that is compared."""
+    pair = comparisons[0].pairs[0]
+    words = pair.b.answered(pair.n_items, pair.n_patients)
+    return f"{words[0].upper()}{words[1:]}; {settings_of_pairs(comparisons)}"
+
+
+def _outcome_note(comparison: Comparison) -> str:
+    level = f"{1 - comparison.confidence:.2g}"
+    return f"Won and lost go by the interval; Holm > {level} marks those that the correction takes back."
+
+
 def seeds_table(comparisons: Sequence[ArmComparison]) -> TableView | None:
     """What the pairs of each arm say of the method; None when no arm has several seeds."""
     summaries = [(arm, s) for arm in comparisons for s in arm.over_seeds]
@@ -78,7 +92,15 @@ def seeds_table(comparisons: Sequence[ArmComparison]) -> TableView | None:
     pair = comparisons[0].pairs[0]
     seeds = len(comparisons[0].pairs)
     rows = [
-        Row((_name(*key), _of(arm.a, arm.b), ", ".join(map(signed, s.differences)), *_over_seeds(s)), "plain")
+        Row(
+            (
+                _name(*key),
+                _of(arm.a, arm.b),
+                ", ".join(map(signed, s.differences)),
+                *_over_seeds(s, pair.confidence),
+            ),
+            "plain",
+        )
         for key in shown_endpoints(pair)
         for arm in comparisons
         if (s := arm.over(*key)) is not None
@@ -86,9 +108,10 @@ def seeds_table(comparisons: Sequence[ArmComparison]) -> TableView | None:
     claim = "" if seeds >= MIN_SEEDS else f"No claim is made with fewer than {MIN_SEEDS} seeds. "
     return TableView(
         f"Differences over {seeds} training seeds",
+        f"{_answered(comparisons)}. "
         f"Each difference of a pair of runs is one observation. {claim}Interval: Student's t, df {seeds - 1}; p: "
         f"paired t-test; Holm: corrected over {correction(len(comparisons), 'arms')}. They speak of the methods "
-        "trained again, on these patients.",
+        f"trained again, on these patients. {_outcome_note(pair)}",
         (
             "Endpoint",
             "Arms",
@@ -112,17 +135,19 @@ def headline_table(comparisons: Sequence[ArmComparison]) -> TableView:
         for arm in comparisons:
             for pair in arm.pairs:
                 if (d := pair.get(*key)) is not None:
-                    _, _, *cells, _, _ = _cells(d)
+                    _, _, *cells, _, _ = _cells(d, first.confidence)
                     rows.append(Row((_name(*key), _of(pair.a.name, pair.b.name), *cells), "plain"))
             if (s := arm.over(*key)) is not None:
-                mean, _, *cells = _over_seeds(s)
+                mean, _, *cells = _over_seeds(s, first.confidence)
                 arms = f"{_of(arm.a, arm.b)}, {len(arm.pairs)} seeds"
                 rows.append(Row((_name(*key), arms, mean, *cells)))
     level = f"{first.confidence:.0%}"
     return TableView(
         "Differences",
+        f"{_answered(comparisons)}. "
         f"{level} intervals: of a pair of runs bootstrap-t over patients, about those checkpoints; of seeds Student's "
-        "t, about the method. The report has every column, and says what Holm's correction covers.",
+        f"t, about the method. {_outcome_note(first)} The report has every column, and says what Holm's correction "
+        "covers.",
         ("Endpoint", "Arms", "Difference", f"{level} interval", "p", "Holm", "Outcome"),
         tuple(rows),
     )
@@ -140,7 +165,7 @@ def _interval(interval: Interval) -> str:
     return f"{signed(interval.low)} to {signed(interval.high)}"
 
 
-def _cells(d: Difference) -> tuple[str, ...]:
+def _cells(d: Difference, confidence: float) -> tuple[str, ...]:
     return (
         f"{d.a:.3f}",
         f"{d.b:.3f}",
@@ -148,19 +173,19 @@ def _cells(d: Difference) -> tuple[str, ...]:
         _interval(d.interval),
         p_words(d.p_value),
         p_words(d.p_holm),
-        outcome(d),
+        corrected_outcome(d.interval, d.p_holm, confidence),
         f"{d.n:,}",
         f"{d.n_patients:,}",
     )
 
 
-def _over_seeds(s: SeedSummary) -> tuple[str, ...]:
+def _over_seeds(s: SeedSummary, confidence: float) -> tuple[str, ...]:
     """Mean, standard deviation, interval, p, Holm, outcome."""
     spread = (signed(s.mean), f"{s.sd:.3f}")
     if s.interval is None or s.p_value is None or s.p_holm is None:
         return (*spread, *[WITHHELD] * 3, "no claim")
     tests = (p_words(s.p_value), p_words(s.p_holm))
-    return (*spread, _interval(s.interval), *tests, outcome_of(s.interval))
+    return (*spread, _interval(s.interval), *tests, corrected_outcome(s.interval, s.p_holm, confidence))
 
 
 def _power_note(comparison: Comparison) -> str:

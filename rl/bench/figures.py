@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from rewards.errors import ReasonKneeError
 from rl.bench.arms import ArmComparison
-from rl.bench.compare import MEASURE_NAMES, outcome_of
+from rl.bench.compare import MEASURE_NAMES, corrected_outcome, outcome_of
 from rl.bench.differences import shown_endpoints
 from rl.bench.endpoints import TABLE3_COLUMNS, grades_of
 from rl.bench.intervals import Interval
@@ -111,7 +111,7 @@ def forest_plot(comparisons: Sequence[ArmComparison]) -> str:
     """Differences with their intervals, grouped by measure: a panel for each further arm, a row for each endpoint.
 
     Circles are pairs of runs with their interval over patients; a diamond is the mean over seeds, with its interval
-    where there is one.
+    where there is one. Hollow: Holm's correction takes the outcome back.
     """
     endpoints = shown_endpoints(comparisons[0].pairs[0])
     gaps = np.cumsum([0.0, *(0.8 * (a[0] != b[0]) for a, b in pairwise(endpoints))])
@@ -269,19 +269,22 @@ def _histogram_panel(
 def _forest_row(axes: Axes, arm: ArmComparison, endpoint: tuple[str, str], place: float) -> None:
     found = [pair.get(*endpoint) for pair in arm.pairs]
     summary = arm.over(*endpoint)
-    lines: list[tuple[float, Interval | None, str, float]] = [
-        (d.difference, d.interval, "o", 1.8) for d in found if d is not None
+    lines: list[tuple[float, Interval | None, float | None, str, float]] = [
+        (d.difference, d.interval, d.p_holm, "o", 1.8) for d in found if d is not None
     ]
     if summary is not None:
-        lines.append((summary.mean, summary.interval, "D", 3.0))
-    for index, (difference, interval, marker, width) in enumerate(lines):
+        lines.append((summary.mean, summary.interval, summary.p_holm, "D", 3.0))
+    for index, (difference, interval, p_holm, marker, width) in enumerate(lines):
         y = place + 0.8 * ((index + 0.5) / len(lines) - 0.5)
-        colour = _OUTCOME_COLOURS[outcome_of(interval)] if interval else GREY
+        colour = inside = _OUTCOME_COLOURS[outcome_of(interval)] if interval else GREY
+        if interval and p_holm is not None:
+            after = corrected_outcome(interval, p_holm, arm.pairs[0].confidence)
+            inside = _OUTCOME_COLOURS.get(after, "white")
         if interval:
             axes.plot(
                 [interval.low, interval.high], [y, y], color=colour, linewidth=width, solid_capstyle="butt"
             )
-        axes.plot([difference], [y], marker=marker, color=colour, markersize=4.5)
+        axes.plot([difference], [y], marker=marker, color=colour, markerfacecolor=inside, markersize=4.5)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

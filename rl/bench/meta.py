@@ -70,6 +70,14 @@ class RunMeta:
         source = f"prompts of {self.prompts} ({self.prompts_hash})" if self.prompts_hash else "own prompts"
         return f"shown {_SHOWN[self.image]}, {source}"
 
+    def answered(self, items: int, patients: int) -> str:
+        """What every table must say: test file, question set, reader, items, patients."""
+        quick = f", first {self.max_examples} items only" if self.max_examples else ""
+        return (
+            f"test file {self.split_file}{quick}, {self.question_set}, {self.reader} reader, "
+            f"{items:,} items of {patients:,} patients"
+        )
+
     @property
     def question_set(self) -> str:
         """The question set in words: `62 questions (1-62)`."""

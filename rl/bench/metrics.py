@@ -82,12 +82,8 @@ class Tables:
 
     @property
     def header(self) -> str:
-        """What a table must say of itself: test file, question set, reader, items, patients."""
-        quick = f", first {self.meta.max_examples} items only" if self.meta.max_examples else ""
-        return (
-            f"test file {self.meta.split_file}{quick}, {self.meta.question_set}, {self.meta.reader} reader, "
-            f"{self.counts['items']:,} items of {self.counts['patients']:,} patients"
-        )
+        """`RunMeta.answered`."""
+        return self.meta.answered(self.counts["items"], self.counts["patients"])
 
     @property
     def failures(self) -> str:

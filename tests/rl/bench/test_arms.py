@@ -93,6 +93,16 @@ def test_method_and_checkpoints_are_told_apart(compared):
     assert "all 3 pairs of runs together" in how_to_read
 
 
+def test_tables_of_differences_name_test_file_question_set_reader_and_setting(compared):
+    comparisons = compared(["SFT", "GRPO"], [1, 2, 3])
+    words = (
+        "Test file test.json, 6 questions (1, 16, 30, 42, 48, 60), strict reader, 144 items of 12 patients; "
+        "shown the volume, own prompts. "
+    )
+    for table in (differences_table, seeds_table, headline_table):
+        assert table(comparisons).note.startswith(words)
+
+
 def test_two_seeds_make_no_claim_about_the_method_and_say_why(compared):
     comparisons = compared(["SFT", "GRPO"], [1, 2])
     text = verdicts(comparisons)[0]

@@ -12,12 +12,14 @@ from rl.bench.compare import (
     CompareError,
     check_same_items,
     compare,
+    corrected_outcome,
     detectable,
     holm,
     outcome,
     signed,
     verdict,
 )
+from rl.bench.intervals import Interval
 from rl.bench.metrics import grade_run, tables
 from rl.config import CompareConfig
 
@@ -116,6 +118,14 @@ def test_runs_on_different_terms_are_refused_by_field(weak, strong, field, value
     other = BenchRun(dataclasses.replace(strong.meta, **{field: value}), strong.answers)
     with pytest.raises(CompareError, match=f"differ in {field}"):
         compare(weak, other, QUICK)
+
+
+def test_every_differing_term_is_named_at_once(weak, strong):
+    meta = dataclasses.replace(strong.meta, split_file="test_balanced.json", question_ids=(1, 2))
+    with pytest.raises(
+        CompareError, match=r"split_file: .*test_balanced.*; question_ids: .*\(1, 2\); evaluate"
+    ):
+        compare(weak, BenchRun(meta, strong.answers), QUICK)
 
 
 def test_items_of_one_run_only_are_refused_by_name(weak, strong):
@@ -231,6 +241,14 @@ def test_a_run_that_reads_nothing_loses(weak):
     result = compare(weak, broken, QUICK)
     assert outcome(result.get("balanced_accuracy")) == "lost"
     assert result.get("strict").b == 0
+
+
+def test_an_outcome_that_holms_correction_takes_back_says_so():
+    above = Interval(0.001, 0.03)
+    assert corrected_outcome(above, 0.04, 0.95) == "won"
+    assert corrected_outcome(above, 0.2, 0.95) == "won, Holm > 0.05"
+    assert corrected_outcome(Interval(-0.03, -0.001), 0.2, 0.9) == "lost, Holm > 0.1"
+    assert corrected_outcome(Interval(-0.03, 0.001), 0.2, 0.95) == "no difference shown"
 
 
 def test_holm_adjusts_as_in_the_textbook():
