@@ -21,7 +21,6 @@ from rl.bench.compare import (
     compare_graded,
     different_settings,
     endpoint_words,
-    holm_by_measure,
     outcome_of,
     primary_and_usual,
     signed,
@@ -32,6 +31,7 @@ from rl.bench.compare import (
     why_empty,
 )
 from rl.bench.endpoints import OVERALL
+from rl.bench.holm import holm_by_measure
 from rl.bench.metrics import Graded
 from rl.bench.seeds import MIN_SEEDS, SeedSummary, seed_summaries
 from rl.config import CompareConfig

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 
 from scipy.stats import t as student_t
 
-from rl.bench.compare import CompareError, Comparison, Difference, holm_by_measure
+from rl.bench.compare import CompareError, Comparison, Difference
+from rl.bench.holm import holm_by_measure
 from rl.bench.intervals import Interval
 
 MIN_SEEDS = 3
@@ -41,7 +42,7 @@ class SeedSummary:
     p_value: float | None
     """Paired t-test, two-sided, not corrected."""
     p_holm: float | None
-    """The same corrected by Holm's method, in the families of `rl.bench.compare.holm_by_measure`."""
+    """The same corrected by Holm's method, in the families of `rl.bench.holm.holm_by_measure`."""
 
 
 def seed_summary(comparisons: Sequence[Comparison]) -> list[SeedSummary]:

@@ -8,9 +8,10 @@ from itertools import permutations
 import pytest
 
 from rl.bench.arms import Arm, compare_arms, pairs_of, verdicts
-from rl.bench.compare import CompareError, compare_graded, holm, verdict
+from rl.bench.compare import CompareError, compare_graded, verdict
 from rl.bench.differences import differences_table, headline_table, seeds_table
 from rl.bench.endpoints import OVERALL, SAME_COLUMNS
+from rl.bench.holm import holm
 from rl.bench.metrics import grade_run
 from rl.config import CompareConfig
 

@@ -14,11 +14,11 @@ from rl.bench.compare import (
     compare,
     corrected_outcome,
     detectable,
-    holm,
     outcome,
     signed,
     verdict,
 )
+from rl.bench.holm import holm
 from rl.bench.intervals import Interval
 from rl.bench.metrics import grade_run, tables
 from rl.config import CompareConfig

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
 
-from rl.bench.compare import CompareError, compare, holm
+from rl.bench.compare import CompareError, compare
 from rl.bench.endpoints import OVERALL
+from rl.bench.holm import holm
 from rl.bench.seeds import MIN_SEEDS, seed_summaries, seed_summary
 from rl.config import CompareConfig
 
