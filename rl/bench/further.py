@@ -4,6 +4,7 @@ Grades, by attribute and averaged over the attributes of a column:
 
 | measure | definition | source |
 |---|---|---|
+| balanced_accuracy | recall averaged over the grades that occur in the truth | as the endpoint |
 | macro_f1 | F1 averaged over the grades that occur in the truth | scikit-learn `f1_score` |
 | kappa | quadratic-weighted kappa, ordinal attributes only | scikit-learn `cohen_kappa_score` |
 | mae | mean distance from the true grade, ordinal attributes only | |
@@ -12,8 +13,9 @@ An answer that cannot be read is wrong: for F1 a class of its own, for kappa and
 one. Kappa is undefined, and left out, where truth and answers are one and the same grade throughout.
 
 Boxes, over the items of a structure that have a true box (an unread box has IoU 0 and no distance): median IoU, share
-of IoU at least .25, .5 and .75, mean distance of the centres in mm. Items: share with every attribute right, share of
-read answers that contradict a certain MOAKS rule, correlation of IoU with the share of right grades.
+of IoU at least .25, .5 and .75, mean distance of the centres in mm. Items of a column: share with every attribute
+right. All items: share of read answers that contradict a certain MOAKS rule, correlation of IoU with the share of
+right grades.
 """
 
 from __future__ import annotations
@@ -39,11 +41,14 @@ _BY_ATTRIBUTE = {
     "category": pl.String(),
     "n": pl.Int64(),
     "accuracy": pl.Float64(),
+    "balanced_accuracy": pl.Float64(),
     "macro_f1": pl.Float64(),
     "kappa": pl.Float64(),
     "mae": pl.Float64(),
+    "recall": pl.List(pl.Float64()),
 }
-"""Columns of `by_attribute`: facts, then measures."""
+"""Columns of `by_attribute`: facts, then measures; `recall` has an entry for each grade of the space."""
+GRADE_COLUMNS = tuple(dict.fromkeys((OVERALL, *TABLE2_COLUMNS, *CATEGORIES)))
 _FACTS = 7
 
 Values = dict[str, dict[str, Cell]]
@@ -60,20 +65,24 @@ def further_measures(table: pl.DataFrame, attributes: pl.DataFrame, items: pl.Da
     return {**_grade_measures(table), **_box_measures(items), **_item_measures(attributes, items)}
 
 
-def recall_per_grade(attributes: pl.DataFrame) -> dict[str, dict[int, Cell]]:
-    """Grade space ("ordinal 0-3") -> grade -> share of its true occurrences that were answered right."""
-    found: dict[str, dict[int, Cell]] = {}
+def recall_per_grade(attributes: pl.DataFrame) -> dict[str, dict[str, dict[int, Cell]]]:
+    """Column -> grade space ("ordinal 0-3") -> grade -> share of its true occurrences that were answered right."""
     known = attributes.lazy().filter(pl.col("truth").is_not_null())
-    counted = known.group_by("grade_space", "truth").agg(pl.len().alias("n"), pl.col("correct").mean())
-    for space, grade, n, recall in counted.sort("grade_space", "truth").collect().iter_rows():
-        found.setdefault(space, {})[grade] = Cell(recall, n)
+    by = ("table2_column", "category", "grade_space", "truth")
+    counted = known.group_by(by).agg(pl.len().alias("n"), pl.col("correct").sum()).collect()
+    found: dict[str, dict[str, dict[int, Cell]]] = {column: {} for column in GRADE_COLUMNS}
+    for column, spaces in found.items():
+        of_grade = counted.filter(_inside(column)).group_by("grade_space", "truth")
+        totals = of_grade.agg(pl.col("n", "correct").sum()).sort("grade_space", "truth")
+        for space, grade, n, right in totals.iter_rows():
+            spaces.setdefault(space, {})[grade] = Cell(right / n, n)
     return found
 
 
 def by_attribute(attributes: pl.DataFrame) -> pl.DataFrame:
-    """One row per attribute with a truth: question_id, attribute, columns, n, accuracy and the three grade measures.
+    """One row per attribute with a truth: the columns of `_BY_ATTRIBUTE`.
 
-    A measure that is undefined is null.
+    A measure that is undefined is null, and so is the recall of a grade that does not occur in the truth.
     """
     known = attributes.lazy().filter(pl.col("truth").is_not_null())
     rows = []
@@ -84,15 +93,19 @@ def by_attribute(attributes: pl.DataFrame) -> pl.DataFrame:
         row = dict(zip(facts, key, strict=True))
         truth, often = frame["truth"].to_numpy(), frame["len"].to_numpy()
         read = frame["predicted"].fill_null(UNREAD).to_numpy()
+        grades = grades_of(row["grade_space"])
+        right = truth == read
+        recall = {int(g): float(np.average(right[truth == g], weights=often[truth == g])) for g in set(truth)}
         row |= {
             "n": int(often.sum()),
-            "accuracy": float(np.average(truth == read, weights=often)),
+            "accuracy": float(np.average(right, weights=often)),
+            "balanced_accuracy": math.fsum(recall.values()) / len(recall),
+            "recall": [recall.get(grade) for grade in grades],
             "macro_f1": f1_score(
                 truth, read, labels=np.unique(truth), average="macro", zero_division=0, sample_weight=often
             ),
         }
         if row["scale"] == "ordinal":
-            grades = grades_of(row["grade_space"])
             farthest = np.where(truth > grades[-1] / 2, grades[0], grades[-1])
             answered = np.where(read == UNREAD, farthest, read)
             row |= {
@@ -105,12 +118,16 @@ def by_attribute(attributes: pl.DataFrame) -> pl.DataFrame:
 
 def _grade_measures(table: pl.DataFrame) -> Values:
     values: Values = {name: {} for name in ("macro_f1", "kappa", "mae")}
-    for column in dict.fromkeys((OVERALL, *TABLE2_COLUMNS, *CATEGORIES)):
-        inside = (pl.col("table2_column") == column) | (pl.col("category") == column) | (column == OVERALL)
+    for column in GRADE_COLUMNS:
         for measure, cells in values.items():
-            defined = table.filter(inside & pl.col(measure).is_not_null())
+            defined = table.filter(_inside(column) & pl.col(measure).is_not_null())
             cells[column] = Cell(_number(defined[measure].mean()), int(defined["n"].sum()))
     return values
+
+
+def _inside(column: str) -> pl.Expr:
+    """Whether an attribute or item counts in a column of Table 2, or in a category."""
+    return (pl.col("table2_column") == column) | (pl.col("category") == column) | pl.lit(column == OVERALL)
 
 
 def _box_measures(items: pl.DataFrame) -> Values:
@@ -128,13 +145,16 @@ def _box_measures(items: pl.DataFrame) -> Values:
 
 def _item_measures(attributes: pl.DataFrame, items: pl.DataFrame) -> Values:
     graded = items.filter(pl.col("all_correct").is_not_null())
+    in_column = {column: graded.filter(_inside(column))["all_correct"] for column in GRADE_COLUMNS}
     read = items.filter(pl.col("violates").is_not_null())
     known = attributes.lazy().filter(pl.col("truth").is_not_null())
     share = known.group_by("example_id").agg(pl.col("correct").mean()).collect()
     both = items.filter(pl.col("iou").is_not_null()).join(share, on="example_id")
     linked = both.select(pl.corr("iou", "correct")).item() if both.height > 1 else None
     return {
-        "all_correct": {OVERALL: Cell(_number(graded["all_correct"].mean()), graded.height)},
+        "all_correct": {
+            column: Cell(_number(right.mean()), len(right)) for column, right in in_column.items()
+        },
         "violations": {OVERALL: Cell(_number(read["violates"].mean()), read.height)},
         "iou_grade_correlation": {OVERALL: Cell(_number(linked), both.height)},
     }

@@ -71,8 +71,8 @@ class Tables:
     meta: RunMeta
     values: Mapping[str, Mapping[str, Cell]]
     """measure (`rl.bench.endpoints.MEASURES`, and those of `rl.bench.further`) -> column -> cell."""
-    recall: Mapping[str, Mapping[int, Cell]]
-    """grade space ("ordinal 0-3") -> grade -> share of its true occurrences answered right."""
+    recall: Mapping[str, Mapping[str, Mapping[int, Cell]]]
+    """`rl.bench.further.recall_per_grade`."""
     attributes: Sequence[Mapping[str, Any]]
     """One row per attribute (`rl.bench.further.by_attribute`)."""
     counts: Mapping[str, int]

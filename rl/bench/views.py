@@ -22,6 +22,10 @@ _BOX_MEASURES = (
     *("iou", "iou_median", *(f"iou_{bar:.2f}" for bar in IOU_BARS)),
     *("distance_mm", "iou_grade_correlation"),
 )
+_AGREEMENT = (
+    *(("macro_f1", "macro-F1"), ("kappa", "kappa"), ("mae", "MAE")),
+    ("all_correct", "all right"),
+)
 _GRADES_OF = {BASELINE_MODEL: "train-majority grade", PRIOR_MODEL: "grades as often as in training"}
 """How the grades of a baseline came about, by the model of its run."""
 
@@ -59,6 +63,7 @@ def all_views(by_run: Mapping[str, Tables]) -> list[TableView]:
         recall_table(by_run),
         table3(by_run),
         box_table(by_run),
+        structure_table(by_run),
         reading_table(by_run),
     ]
 
@@ -105,15 +110,16 @@ def balanced_table(by_run: Mapping[str, Tables]) -> TableView:
 
 
 def category_table(by_run: Mapping[str, Tables]) -> TableView:
-    """Accuracy and balanced accuracy in the paper's seven categories."""
+    """Every grade measure in the paper's seven categories."""
+    measures = (("accuracy", "accuracy"), ("balanced_accuracy", "balanced"), *_AGREEMENT)
     rows = [
         Row(_values(f"{name}, {words}", t, measure, CATEGORIES, boxes=False), _kind(t.meta))
-        for measure, words in (("accuracy", "accuracy"), ("balanced_accuracy", "balanced"))
+        for measure, words in measures
         for name, t in by_run.items()
     ]
     return TableView(
         "The seven categories",
-        f"{_header(by_run)}.",
+        f"{_header(by_run)}. Measures as in the tables of Table 2's columns; n: graded attributes.",
         ("Run", *CATEGORIES),
         (*rows, *_counts(by_run, "accuracy", CATEGORIES)),
     )
@@ -135,41 +141,39 @@ def table3(by_run: Mapping[str, Tables]) -> TableView:
 
 
 def agreement_table(by_run: Mapping[str, Tables]) -> TableView:
-    """Macro-F1, quadratic-weighted kappa and mean absolute error."""
+    """Macro-F1, quadratic-weighted kappa, mean absolute error and answers without a wrong grade."""
     columns = (*TABLE2_COLUMNS, OVERALL)
     rows = [
         Row(_values(f"{name}, {words}", t, measure, columns, boxes=False), _kind(t.meta))
-        for measure, words in (("macro_f1", "macro-F1"), ("kappa", "kappa"), ("mae", "MAE"))
+        for measure, words in _AGREEMENT
         for name, t in by_run.items()
     ]
     return TableView(
-        "Agreement: macro-F1, kappa, MAE",
+        "Agreement: macro-F1, kappa, MAE, all right",
         f"{_header(by_run)}. Means over attributes; quadratic-weighted kappa and mean absolute error over ordinal ones "
-        "only, kappa where it is defined. An unread grade is wrong: as far from the true one as can be.",
+        "only, kappa where it is defined. An unread grade is wrong: as far from the true one as can be. All right: "
+        "share of answers without a wrong grade.",
         ("Run", *columns),
         tuple(rows),
     )
 
 
 def recall_table(by_run: Mapping[str, Tables]) -> TableView:
-    """Recall of each grade over all attributes of a grade space, and of whole answers."""
-    spaces = {space: tuple(grades) for t in by_run.values() for space, grades in t.recall.items()}
+    """Recall of each grade over all attributes of a grade space."""
+    first = next(iter(by_run.values()))
+    spaces = first.recall[OVERALL]
     keys = [(space, grade) for space, grades in sorted(spaces.items(), reverse=True) for grade in grades]
     rows = []
     for name, t in by_run.items():
-        whole = (_cell(t.values["all_correct"][OVERALL]), _cell(t.values["violations"][OVERALL]))
-        recalls = (_cell(t.recall[space][grade]) for space, grade in keys)
+        recalls = (_cell(t.recall[OVERALL][space][grade]) for space, grade in keys)
         label = _values(name, t, "accuracy", (), boxes=False)[0]
-        rows.append(Row((label, *recalls, *whole), _kind(t.meta)))
-    first = next(iter(by_run.values()))
-    counts = [f"{first.recall[space][grade].n:,}" for space, grade in keys]
-    rows.append(Row(("n", *counts, f"{first.values['all_correct'][OVERALL].n:,}", ""), "count"))
+        rows.append(Row((label, *recalls), _kind(t.meta)))
+    rows.append(Row(("n", *(f"{spaces[space][grade].n:,}" for space, grade in keys)), "count"))
     return TableView(
         "Recall of each grade",
         f"{_header(by_run)}. Over all attributes of a grade space. A run that has collapsed has 1 in one column and 0 "
-        "in the others. All right: answers without a wrong grade. Rule broken: read answers that contradict a certain "
-        "rule of MOAKS.",
-        ("Run", *(f"{space}: {grade}" for space, grade in keys), "All right", "Rule broken"),
+        "in the others. By column and by attribute: results.json.",
+        ("Run", *(f"{space}: {grade}" for space, grade in keys)),
         tuple(rows),
     )
 
@@ -196,6 +200,24 @@ def box_table(by_run: Mapping[str, Tables]) -> TableView:
     )
 
 
+def structure_table(by_run: Mapping[str, Tables]) -> TableView:
+    """Median IoU, shares and distance for each structure of Table 3."""
+    columns = (*TABLE3_COLUMNS, OVERALL)
+    shares = ((f"iou_{bar:.2f}", f"IoU ≥ {bar:g}") for bar in IOU_BARS)
+    measures = (("iou_median", "median"), *shares, ("distance_mm", "mm apart"))
+    rows = [
+        Row(_values(f"{name}, {words}", t, measure, columns, boxes=True), _kind(t.meta))
+        for measure, words in measures
+        for name, t in by_run.items()
+    ]
+    return TableView(
+        "Structures: spread of IoU and distance",
+        f"{_header(by_run)}. An unread box has IoU 0 and no distance. {_given_note(by_run)}".rstrip(),
+        ("Run", *columns),
+        (*rows, *_counts(by_run, "iou", columns)),
+    )
+
+
 def reading_table(by_run: Mapping[str, Tables]) -> TableView:
     """How much of the answers could be read, and what was left out."""
     rows = []
@@ -208,6 +230,7 @@ def reading_table(by_run: Mapping[str, Tables]) -> TableView:
             f"{c['unread_boxes']:,} of {c['true_boxes']:,}",
             f"{c['missing'] + c['errors']:,}",
             f"{c['truncated']:,}",
+            _cell(t.values["violations"][OVERALL]),
             f"{c['missing_true_grades']:,}",
             f"{c['missing_true_boxes']:,}",
         )
@@ -215,7 +238,7 @@ def reading_table(by_run: Mapping[str, Tables]) -> TableView:
     return TableView(
         "Reading the answers",
         f"{_header(by_run)}. Unread grades and boxes count as wrong, those of items without any answer among them; a "
-        "missing truth is left out.",
+        "missing truth is left out. Rule broken: share of read answers that contradict a certain rule of MOAKS.",
         (
             "Run",
             "Strict",
@@ -223,6 +246,7 @@ def reading_table(by_run: Mapping[str, Tables]) -> TableView:
             "Unread boxes",
             "No answer",
             "At length limit",
+            "Rule broken",
             "No true grade",
             "No true box",
         ),

@@ -22,7 +22,7 @@ def test_every_table_names_test_file_question_set_reader_items_and_patients(exam
     run = answered(examples(3, [1, 42]), "SFT", 0.5, broken=0.3)
     print_tables({"[red]SFT": tables(grade_run(run))}, console)
     shown = console.file.getvalue()
-    assert shown.count("Test file test.json, 2 questions (1, 42), strict reader, 12 items of 3 patients") == 8
+    assert shown.count("Test file test.json, 2 questions (1, 42), strict reader, 12 items of 3 patients") == 9
     assert "[red]SFT" in shown  # a name is text, not markup
     assert "greedy decoding" in shown
     assert "could not be read and count as wrong" in shown

@@ -7,12 +7,12 @@ import math
 import numpy as np
 import polars as pl
 import pytest
-from sklearn.metrics import cohen_kappa_score, f1_score, mean_absolute_error
+from sklearn.metrics import cohen_kappa_score, f1_score, mean_absolute_error, recall_score
 
 from rewards.boxes import Box3D
 from rewards.reading import format_answer
 from rl.bench.answers import answer_row, make_run
-from rl.bench.endpoints import OVERALL
+from rl.bench.endpoints import OVERALL, Cell
 from rl.bench.further import by_attribute
 from rl.bench.metrics import grade_run, tables
 
@@ -38,6 +38,37 @@ def test_kappa_f1_and_mae_of_read_answers_are_scikit_learns(examples, answered):
                 assert row["kappa"] == pytest.approx(
                     cohen_kappa_score(truth, read, weights="quadratic", labels=range(4))
                 )
+
+
+def test_recall_and_balanced_accuracy_of_an_attribute_are_scikit_learns(graded):
+    for row in by_attribute(graded.attributes).iter_rows(named=True):
+        frame = graded.attributes.filter(pl.col("attribute_id") == row["attribute_id"])
+        truth, read = frame["truth"].to_numpy(), frame["predicted"].fill_null(-1).to_numpy()
+        grades = range(len(row["recall"]))
+        expected = recall_score(truth, read, labels=grades, average=None, zero_division=np.nan)
+        assert [np.nan if r is None else r for r in row["recall"]] == pytest.approx(expected, nan_ok=True)
+        assert row["balanced_accuracy"] == pytest.approx(np.nanmean(expected))
+
+
+@pytest.mark.parametrize("column", ["Cartilage", "Menisci", "Others", "Ligaments and tendons"])
+def test_recall_and_whole_answers_of_a_column_are_over_its_attributes_and_items(graded, column):
+    result = tables(graded)
+    inside = (pl.col("table2_column") == column) | (pl.col("category") == column)
+    items = graded.items.filter(inside)
+    cell = result.values["all_correct"][column]
+    assert (cell.value, cell.n) == (pytest.approx(items["all_correct"].mean()), items.height)
+    for space, recall in result.recall[column].items():
+        for grade, cell in recall.items():
+            true = graded.attributes.filter(
+                inside & (pl.col("grade_space") == space) & (pl.col("truth") == grade)
+            )
+            assert (cell.value, cell.n) == (pytest.approx(true["correct"].mean()), true.height)
+
+
+def test_a_column_without_items_has_no_recall_and_no_whole_answers(examples, answered):
+    result = tables(grade_run(answered(examples(2, [1]), "SFT", 0.5)))
+    assert result.recall["Periarticular"] == {}
+    assert result.values["all_correct"]["Periarticular"] == Cell(None, 0)
 
 
 def test_a_column_is_the_mean_over_its_attributes(graded):
@@ -87,7 +118,8 @@ def test_kappa_is_empty_where_it_is_undefined_and_0_for_a_constant_answer(exampl
 
 
 def test_recall_per_grade_counts_unread_as_missed(examples, meta):
-    recall = tables(one_question(examples, meta, 42, [0, 0, 1, 1], [0, 0, 1, None])).recall["ordinal 0-3"]
+    recall = tables(one_question(examples, meta, 42, [0, 0, 1, 1], [0, 0, 1, None])).recall
+    recall = recall[OVERALL]["ordinal 0-3"]
     assert {grade: (cell.value, cell.n) for grade, cell in recall.items()} == {0: (1.0, 2), 1: (0.5, 2)}
 
 

@@ -277,7 +277,7 @@ def test_every_item_of_every_run_is_in_the_samples_as_it_was_graded(built):
 
 def test_tables_for_a_paper_have_as_many_cells_in_every_row_and_nothing_unescaped(built):
     text = (built[0].parent / "tables.tex").read_text()
-    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 9
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 10
     for table in text.split(r"\begin{table}")[1:]:
         width = len(table.split(r"\begin{tabular}{")[1].split("}")[0])
         rows = [line for line in table.splitlines() if line.endswith(r" \\")]
