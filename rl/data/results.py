@@ -4,8 +4,9 @@ Its scripts write two formats. Zero-shot: one JSON object for a model,
 
     {"{patient}_{time}_{study}_{series}_{side}_{question id}": {"question": text, "<model>_result": result, …}, …}
 
-where a result is the JSON that the model answered, `{"response": text}` when that was no JSON, or
-`{"error": message}` when there was no answer. SFT: a JSON list for each of eight shards `OUT_0.json` to `OUT_7.json`,
+where a result is the JSON that the model answered (text, if that was a JSON string), `{"response": text}` when that
+was no JSON, or `{"error": message}` when there was no answer. SFT: a JSON list for each of eight shards, `OUT_0.json`
+to `OUT_7.json`,
 
     [{"image": path, "prompt": text, "generated_text": text, "final_diagnosis": truth}, …]
 
@@ -180,8 +181,10 @@ def _check_question(place: str, question_id: int, text: str) -> None:
 
 
 def _as_text(place: str, result: Any) -> str:
-    if isinstance(result, dict) and result.keys() == {"response"} and isinstance(result["response"], str):
-        return result["response"]
+    if isinstance(result, dict) and result.keys() == {"response"}:
+        result = result["response"]
+    if isinstance(result, str):
+        return result
     try:
         return json.dumps(result, ensure_ascii=False)
     except RecursionError as error:

@@ -44,6 +44,7 @@ def test_a_zero_shot_result_is_read_as_the_text_it_was(tmp_path: Path) -> None:
         f"{KNEE}_60": {},
         f"{KNEE}_61": asked(2),
         f"{KNEE}_62": asked({"response": "no", "grade": 1}),
+        f"{KNEE}_2": asked('{"grade": 2}'),
     }
     results = read_results([write(tmp_path / "o1.json", content)])
     assert results.model == "o1"
@@ -54,6 +55,7 @@ def test_a_zero_shot_result_is_read_as_the_text_it_was(tmp_path: Path) -> None:
         Entry(f"{KNEE}_60", KNEE, 60, "", "asked, and nothing was stored"),
         Entry(f"{KNEE}_61", KNEE, 61, "2"),
         Entry(f"{KNEE}_62", KNEE, 62, '{"response": "no", "grade": 1}'),
+        Entry(f"{KNEE}_2", KNEE, 2, '{"grade": 2}'),
     )
 
 
