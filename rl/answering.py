@@ -115,4 +115,5 @@ def run_meta(config: Config, name: str, model: str, adapter: str | None, example
         image=image_of(config),
         prompts=prompts,
         prompts_hash=prompts_hash,
+        primary_endpoint=config.compare.primary_endpoint,
     )

@@ -316,8 +316,16 @@ def endpoint_words(comparison: Comparison, measure: str, column: str) -> str:
     """`Mean IoU of Femur`, and whether it is the primary endpoint."""
     where = "" if column == OVERALL else f" of {column}"
     primary = (measure, column) == parse_endpoint(comparison.primary_endpoint)
-    mark = " (the primary endpoint, declared in the config)" if primary else ""
+    mark = f" (the primary endpoint, {_declared(comparison)})" if primary else ""
     return f"{MEASURE_NAMES[measure]}{where}{mark}"
+
+
+def _declared(comparison: Comparison) -> str:
+    """Whether the primary endpoint was chosen before the answers were there."""
+    before = {meta.primary_endpoint for meta in (comparison.a, comparison.b)} - {""}
+    if before <= {comparison.primary_endpoint}:
+        return "declared in the config"
+    return f"chosen after the answers were made, when it was {', '.join(sorted(before))}"
 
 
 def why_empty(comparison: Comparison) -> str:

@@ -52,6 +52,8 @@ class RunMeta:
     """Where the questions' wording comes from: "own", or the name of the question file; None as for `image`."""
     prompts_hash: str = ""
     """Of the content of the question file."""
+    primary_endpoint: str = ""
+    """`compare.primary_endpoint` when the answers were made; empty where it was not recorded."""
 
     def not_asked(self) -> RunMeta:
         """The same of a run for which we asked no model: setting unknown."""

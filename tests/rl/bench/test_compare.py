@@ -209,6 +209,18 @@ def test_the_verdict_names_a_primary_column(weak, strong):
     assert "Accuracy of BML (the primary endpoint" in verdict(compare(weak, strong, settings))
 
 
+def test_a_primary_endpoint_that_was_changed_after_the_answers_were_made_is_told(weak, strong):
+    def declared(run, endpoint):
+        return BenchRun(dataclasses.replace(run.meta, primary_endpoint=endpoint), run.answers)
+
+    runs = declared(weak, "iou"), declared(strong, "iou")
+    assert "(the primary endpoint, chosen after the answers were made, when it was iou)" in verdict(
+        compare(*runs, QUICK)
+    )
+    settings = dataclasses.replace(QUICK, primary_endpoint="iou")
+    assert "Mean IoU (the primary endpoint, declared in the config)" in verdict(compare(*runs, settings))
+
+
 def test_a_handful_of_patients_is_no_evidence(examples, answered):
     few = examples(3, [1, 42])
     text = verdict(compare(answered(few, "SFT", 0.2), answered(few, "GRPO", 0.9), QUICK))
