@@ -66,6 +66,7 @@ def write_report(
     """
     by_run = {name: tables(g) for name, g in graded.items()}
     views, over_seeds = all_views(by_run), seeds_table(comparisons)
+    metrics = figures.read_metrics(metrics_jsonl) if metrics_jsonl else []
     differences = [*([over_seeds] if over_seeds else []), differences_table(comparisons)]
     html = (
         _environment()
@@ -78,7 +79,8 @@ def write_report(
             failures={name: t.failures for name, t in by_run.items()},
             differences=differences,
             forest=figures.forest_plot(comparisons),
-            curves=figures.reward_curves(figures.read_metrics(metrics_jsonl)) if metrics_jsonl else None,
+            curves=figures.reward_curves(metrics),
+            has_kl=any(record.get("kl") is not None for record in metrics),
             slug=slug,
             colours={"truth": figures.TRUTH, "a": figures.ARM_A, "b": figures.ARM_B},
         )

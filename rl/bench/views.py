@@ -134,7 +134,7 @@ def table3(by_run: Mapping[str, Tables]) -> TableView:
     return TableView(
         "Table 3: mean IoU of boxes",
         f"{_header(by_run)}. Overall is the mean over all items with a true box, those outside the seven structures "
-        "included. " + _given_note(by_run) + "Paper rows: " + published.NOTE + ".",
+        "included. " + _box_notes(by_run) + "Paper rows: " + published.NOTE + ".",
         ("Run", *columns),
         tuple(rows),
     )
@@ -187,7 +187,7 @@ def box_table(by_run: Mapping[str, Tables]) -> TableView:
     return TableView(
         "Boxes: spread of IoU and distance",
         f"{_header(by_run)}. Over all items with a true box; an unread box has IoU 0 and no distance. With grading: "
-        f"correlation of an item's IoU with its share of right grades. {_given_note(by_run)}".rstrip(),
+        f"correlation of an item's IoU with its share of right grades. {_box_notes(by_run)}".rstrip(),
         (
             "Run",
             "Mean IoU",
@@ -212,7 +212,7 @@ def structure_table(by_run: Mapping[str, Tables]) -> TableView:
     ]
     return TableView(
         "Structures: spread of IoU and distance",
-        f"{_header(by_run)}. An unread box has IoU 0 and no distance. {_given_note(by_run)}".rstrip(),
+        f"{_header(by_run)}. An unread box has IoU 0 and no distance. {_box_notes(by_run)}".rstrip(),
         ("Run", *columns),
         (*rows, *_counts(by_run, "iou", columns)),
     )
@@ -284,10 +284,14 @@ def _value(t: Tables, measure: str, column: str) -> str:
     return BOX_GIVEN if given else _cell(t.values[measure][column])
 
 
-def _given_note(by_run: Mapping[str, Tables]) -> str:
-    if not any(t.meta.box_given for t in by_run.values()):
-        return ""
-    return "Box given: the run was shown the true region alone, so its boxes are not comparable. "
+def _box_notes(by_run: Mapping[str, Tables]) -> str:
+    """Whose boxes are no measure of localisation: boxes that were given, and none at all."""
+    counts = {name: t.counts for name, t in by_run.items()}
+    none = [name for name, c in counts.items() if 0 < c["true_boxes"] == c["unread_boxes"]]
+    said = f"No box at all could be read of {', '.join(none)}: were boxes asked for? " if none else ""
+    if any(t.meta.box_given for t in by_run.values()):
+        said += "Box given: the run was shown the true region alone, so its boxes are not comparable. "
+    return said
 
 
 def _counts(by_run: Mapping[str, Tables], measure: str, columns: Sequence[str], extra: int = 0) -> list[Row]:

@@ -15,6 +15,7 @@ from rl.bench.answers import answer_row, make_run
 from rl.bench.endpoints import OVERALL, Cell
 from rl.bench.further import by_attribute
 from rl.bench.metrics import grade_run, tables
+from rl.bench.views import box_table, structure_table, table3
 
 
 @pytest.fixture
@@ -143,6 +144,19 @@ def test_the_spread_of_boxes_is_over_all_true_boxes_and_distance_over_read_ones(
     assert values["distance_mm"][OVERALL].value == pytest.approx((half.x_max - half.x_min) / 2 * 1.5 / 2)
     assert values["iou_median"]["Synovitis"].n == 3
     assert values["iou_median"]["ACL"].value is None
+
+
+def test_a_run_without_any_box_is_named_beside_its_ious(examples, answered, meta):
+    said = {"asked": answered(examples(2, [42]), "asked", 0.5)}
+    silent = [
+        answer_row(e, format_answer(e.question, e.truth.grades, None, "x"), "stop", "strict")
+        for e in examples(2, [42])
+    ]
+    by_run = {name: tables(grade_run(run)) for name, run in said.items()}
+    both = by_run | {"silent": tables(grade_run(make_run(silent, meta("silent", [42]))))}
+    for view in (table3, box_table, structure_table):
+        assert "No box at all could be read of silent: were boxes asked for?" in view(both).note
+        assert "No box" not in view(by_run).note
 
 
 def test_rules_are_judged_on_read_answers_only(examples, meta):

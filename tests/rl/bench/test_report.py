@@ -232,6 +232,14 @@ def test_the_report_works_in_a_browser_wide_or_narrow(built, browser, width):
     page.close()
 
 
+def test_the_curves_say_why_there_is_no_kl(built, page, tmp_path):
+    _, runs, comparison = built  # its log has no KL
+    assert "KL to the SFT policy was not logged: it is where grpo.beta is above 0" in page.words
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 1, "reward": 0.5, "kl": 0.01}\n')
+    assert "KL to the SFT policy was not" not in report_on(tmp_path, runs, comparison, log).read_text()
+
+
 def test_the_report_is_small(built):
     assert built[0].stat().st_size < 10e6
 
