@@ -138,8 +138,9 @@ def _box_measures(items: pl.DataFrame) -> Values:
     }
     values: Values = {name: {} for name in measures}
     for column, boxes in _structures(items.filter(pl.col("iou").is_not_null())):
+        observed = dict.fromkeys(measures, boxes.height) | {"distance_mm": boxes["distance_mm"].count()}
         for name, value in boxes.select(**measures).row(0, named=True).items():
-            values[name][column] = Cell(_number(value), boxes.height)
+            values[name][column] = Cell(_number(value), observed[name])
     return values
 
 

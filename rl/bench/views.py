@@ -160,20 +160,17 @@ def agreement_table(by_run: Mapping[str, Tables]) -> TableView:
 
 def recall_table(by_run: Mapping[str, Tables]) -> TableView:
     """Recall of each grade over all attributes of a grade space."""
-    first = next(iter(by_run.values()))
-    spaces = first.recall[OVERALL]
-    keys = [(space, grade) for space, grades in sorted(spaces.items(), reverse=True) for grade in grades]
+    spaces = next(iter(by_run.values())).recall[OVERALL]
     rows = []
-    for name, t in by_run.items():
-        recalls = (_cell(t.recall[OVERALL][space][grade]) for space, grade in keys)
-        label = _values(name, t, "accuracy", (), boxes=False)[0]
-        rows.append(Row((label, *recalls), _kind(t.meta)))
-    rows.append(Row(("n", *(f"{spaces[space][grade].n:,}" for space, grade in keys)), "count"))
+    for space, grades in sorted(spaces.items(), reverse=True):
+        for grade, cell in grades.items():
+            recalls = (_cell(t.recall[OVERALL][space][grade]) for t in by_run.values())
+            rows.append(Row((f"{space}: {grade}", *recalls, f"{cell.n:,}"), "plain"))
     return TableView(
         "Recall of each grade",
-        f"{_header(by_run)}. Over all attributes of a grade space. A run that has collapsed has 1 in one column and 0 "
-        "in the others. By column and by attribute: results.json.",
-        ("Run", *(f"{space}: {grade}" for space, grade in keys)),
+        f"{_header(by_run)}. Over all attributes of a grade space. A run that has collapsed has 1 in one row and 0 in "
+        "the others. By column and by attribute: results.json.",
+        ("Grade", *by_run, "n"),
         tuple(rows),
     )
 
@@ -183,10 +180,13 @@ def box_table(by_run: Mapping[str, Tables]) -> TableView:
     rows = []
     for name, t in by_run.items():
         label = _values(name, t, "iou", (), boxes=True)[0]
-        rows.append(Row((label, *(_value(t, measure, OVERALL) for measure in _BOX_MEASURES)), _kind(t.meta)))
+        *cells, linked = (_value(t, measure, OVERALL) for measure in _BOX_MEASURES)
+        measured = f"{t.values['distance_mm'][OVERALL].n:,}"
+        rows.append(Row((label, *cells, measured, linked), _kind(t.meta)))
     return TableView(
         "Boxes: spread of IoU and distance",
-        f"{_header(by_run)}. Over all items with a true box; an unread box has IoU 0 and no distance. With grading: "
+        f"{_header(by_run)}. Over all items with a true box; an unread box has IoU 0 and no distance: "
+        "distances are over as many boxes as stand beside them, and flatter a run with few. With grading: "
         f"correlation of an item's IoU with its share of right grades. {_box_notes(by_run)}".rstrip(),
         (
             "Run",
@@ -194,6 +194,7 @@ def box_table(by_run: Mapping[str, Tables]) -> TableView:
             "Median",
             *(f"IoU ≥ {bar:g}" for bar in IOU_BARS),
             "Centres apart, mm",
+            "Of boxes",
             "With grading",
         ),
         tuple(rows),
@@ -212,7 +213,8 @@ def structure_table(by_run: Mapping[str, Tables]) -> TableView:
     ]
     return TableView(
         "Structures: spread of IoU and distance",
-        f"{_header(by_run)}. An unread box has IoU 0 and no distance. {_box_notes(by_run)}".rstrip(),
+        f"{_header(by_run)}. An unread box has IoU 0 and no distance, which flatters "
+        f"the distances of a run with many. {_box_notes(by_run)}".rstrip(),
         ("Run", *columns),
         (*rows, *_counts(by_run, "iou", columns)),
     )

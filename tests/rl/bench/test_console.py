@@ -21,7 +21,7 @@ def console():
 def test_every_table_names_test_file_question_set_reader_items_and_patients(examples, answered, console):
     run = answered(examples(3, [1, 42]), "SFT", 0.5, broken=0.3)
     print_tables({"[red]SFT": tables(grade_run(run))}, console)
-    shown = console.file.getvalue()
+    shown = " ".join(console.file.getvalue().split())  # notes are as wide as their tables
     assert shown.count("Test file test.json, 2 questions (1, 42), strict reader, 12 items of 3 patients") == 9
     assert "[red]SFT" in shown  # a name is text, not markup
     assert "greedy decoding" in shown

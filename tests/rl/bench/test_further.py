@@ -15,7 +15,7 @@ from rl.bench.answers import answer_row, make_run
 from rl.bench.endpoints import OVERALL, Cell
 from rl.bench.further import by_attribute
 from rl.bench.metrics import grade_run, tables
-from rl.bench.views import box_table, structure_table, table3
+from rl.bench.views import box_table, recall_table, structure_table, table3
 
 
 @pytest.fixture
@@ -98,6 +98,17 @@ def one_question(examples, meta, question_id, truths, predicted, boxes=None):
     return grade_run(make_run(rows, meta("x", [question_id])))
 
 
+def test_recall_has_a_row_for_each_grade_and_a_column_for_each_run(examples, meta):
+    first = tables(one_question(examples, meta, 42, [0, 0, 1, 1], [0, 0, 1, None]))
+    second = tables(one_question(examples, meta, 42, [0, 0, 1, 1], [0, 0, 0, 0]))
+    view = recall_table({"SFT": first, "GRPO": second})
+    assert view.columns == ("Grade", "SFT", "GRPO", "n")
+    assert [row.cells for row in view.rows] == [
+        ("ordinal 0-3: 0", "1.000", "1.000", "2"),
+        ("ordinal 0-3: 1", "0.500", "0.000", "2"),
+    ]
+
+
 def test_an_unread_grade_is_as_wrong_as_can_be(examples, meta):
     unread = by_attribute(one_question(examples, meta, 42, [0, 1, 2, 3], [0, None, None, 3]).attributes).row(
         0, named=True
@@ -142,6 +153,7 @@ def test_the_spread_of_boxes_is_over_all_true_boxes_and_distance_over_read_ones(
     assert shares == pytest.approx([2 / 3, 2 / 3, 1 / 3])
     assert values["iou_median"][OVERALL].value == 0.5
     assert values["distance_mm"][OVERALL].value == pytest.approx((half.x_max - half.x_min) / 2 * 1.5 / 2)
+    assert values["distance_mm"][OVERALL].n == 2
     assert values["iou_median"]["Synovitis"].n == 3
     assert values["iou_median"]["ACL"].value is None
 
