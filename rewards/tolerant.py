@@ -33,7 +33,8 @@ from rewards.types import Answer, Problem
 _TAG = re.compile(r"<(/?)(think|answer)>", re.IGNORECASE)
 _MARKER = re.compile(r"final diagnosis\s{0,8}:", re.IGNORECASE)
 _INTEGER = re.compile(r"\s{0,8}(-?[0-9]{1,6})(?:\.0{1,6})?\s{0,8}")
-_BARE_GRADE = re.compile(r"\s*([0-9]{1,2})(?:\.0)?\s*\.?\s*")
+# possessive: a blank is given to one repeat and stays there, so the match is linear
+_BARE_GRADE = re.compile(r"\s*+([0-9]{1,2})(?:\.0)?\s*+\.?\s*+")
 # `[1, 2, 3, 4, 5, 6], "key": ` just before an object that lost its opening brace, as two public templates do
 _KEY_BEFORE = re.compile(r'(?:(\[[^\[\]{}"]{1,80}\])\s{0,4},\s{0,4})?"([^"\\{}]{1,80})"\s{0,4}:\s{0,4}$')
 _KEY_WINDOW = 200

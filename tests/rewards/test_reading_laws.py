@@ -181,6 +181,16 @@ def test_a_hostile_text_costs_no_more_than_its_length(pattern: str, frame: str) 
         assert time.process_time() - started < 2.0
 
 
+@pytest.mark.parametrize("frame", ["0{}x", "{}0{}x", "<answer>0{}.{}x</answer>"])
+def test_blanks_around_a_bare_grade_cost_no_more_than_their_length(frame: str) -> None:
+    """Only a question of one attribute takes a grade without an object."""
+    for blank in (" ", "\n", "\u2003"):
+        filler = blank * 8_000
+        started = time.process_time()
+        read_both(frame.format(filler, filler), QUESTIONS[42])
+        assert time.process_time() - started < 0.1
+
+
 @pytest.mark.parametrize("pattern", HOSTILE, ids=repr)
 def test_ten_megabytes_are_not_even_looked_at(pattern: str) -> None:
     text = pattern * (10_000_000 // len(pattern))
