@@ -10,9 +10,10 @@ Overlaps are counted in voxels; all voxels of a volume have the same size, so th
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +26,11 @@ FloatArray = npt.NDArray[np.float64]
 class Box3D:
     """Half-open box: covers voxels with slice_min <= slice < slice_max, and likewise for x and y.
 
+    NumPy's integers are taken and kept as Python's, which do not overflow.
+
     Raises:
-        ValueError: when an axis has min >= max (a box is never sorted for the caller, and never empty).
+        ValueError: when an axis has min >= max (a box is never sorted for the caller, and never empty), or a bound is
+            no integer.
     """
 
     slice_min: int
@@ -37,18 +41,26 @@ class Box3D:
     y_max: int
 
     def __post_init__(self) -> None:
+        # written out: every box of every completion passes here
+        slices = type(self.slice_min) is type(self.slice_max) is int
+        plane = type(self.x_min) is type(self.x_max) is type(self.y_min) is type(self.y_max) is int
+        if not (slices and plane):
+            for name in self.__slots__:
+                object.__setattr__(self, name, _integer(getattr(self, name)))
         if self.slice_min < self.slice_max and self.x_min < self.x_max and self.y_min < self.y_max:
             return
         for axis in ("slice", "x", "y"):
             low, high = getattr(self, f"{axis}_min"), getattr(self, f"{axis}_max")
-            # written as "not <", so that a NaN is refused as well
-            if not low < high:
+            if low >= high:
                 raise ValueError(f"Box3D needs {axis}_min < {axis}_max, got {low} and {high}")
 
     @classmethod
     def from_text(cls, numbers: Sequence[int]) -> Box3D:
         """From six inclusive integers, `[start_slice, end_slice, x_min, x_max, y_min, y_max]`."""
-        s0, s1, x0, x1, y0, y1 = numbers
+        if len(numbers) != 6:
+            raise ValueError(f"a box has six numbers, got {list(numbers)}")
+        # before the ends are counted in: 255 + 1 is 0 in NumPy's uint8
+        s0, s1, x0, x1, y0, y1 = map(_integer, numbers)
         return cls(s0, s1 + 1, x0, x1 + 1, y0, y1 + 1)
 
     def to_text(self) -> list[int]:
@@ -70,6 +82,18 @@ class Box3D:
         low, high = (tuple(n * mm for n, mm in zip(c, spacing_mm, strict=True)) for c in self.to_corners())
         return low, high
 
+    @classmethod
+    def from_mm(cls, low: Sequence[float], high: Sequence[float], spacing_mm: Sequence[float]) -> Box3D:
+        """From both corners in mm, as `to_mm` gives them; each bound goes to the nearest border between voxels.
+
+        Raises:
+            ValueError: a number that is not finite, or an axis that is left without a voxel.
+        """
+        if not all(map(math.isfinite, (*low, *high))):
+            raise ValueError(f"corners in mm must be finite, got {list(low)} and {list(high)}")
+        corners = ([round(n / mm) for n, mm in zip(c, spacing_mm, strict=True)] for c in (low, high))
+        return cls.from_corners(*corners)
+
     def shifted(self, slices: int, x: int, y: int) -> Box3D:
         """The box moved by so many voxels along each axis."""
         (s0, x0, y0), (s1, x1, y1) = self.to_corners()
@@ -86,7 +110,12 @@ class Box3D:
 
         Slices run along the patient's left-right axis: a left knee is mirrored, a right one is as it is. Applied
         twice it gives the box back.
+
+        Raises:
+            ValueError: another side.
         """
+        if side not in ("right", "left"):
+            raise ValueError(f'side must be "right" or "left", got {side!r}')
         return self.mirrored(slices) if side == "left" else self
 
     @property
@@ -107,6 +136,16 @@ class Box3D:
             and self.x_max <= shape[1]
             and self.y_max <= shape[2]
         )
+
+
+def _integer(number: SupportsIndex) -> int:
+    if type(number) is int:
+        return number
+    try:
+        # True is an index to Python, but no coordinate
+        return operator.index(None if isinstance(number, bool) else number)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"the bounds of a box are integers, got {number!r}") from None
 
 
 def _intersection(a: Box3D, b: Box3D) -> int:

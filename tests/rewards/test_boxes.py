@@ -1,6 +1,8 @@
 """Boxes: the two conventions, the laws of IoU, and what is no box."""
 
+import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,9 +57,29 @@ def test_an_inverted_box_is_refused_and_never_sorted(numbers: list[int]) -> None
         Box3D.from_text(numbers)
 
 
-def test_a_box_with_nan_is_refused() -> None:
-    with pytest.raises(ValueError, match="slice_min"):
-        Box3D(math.nan, 3, 0, 1, 0, 1)  # type: ignore[arg-type]
+@pytest.mark.parametrize("bound", [math.nan, math.inf, 2.5, 2.0, True, "2", None])
+def test_a_bound_that_is_no_integer_is_refused_and_shown(bound: Any) -> None:
+    with pytest.raises(ValueError, match=f"integers, got {bound!r}"):
+        Box3D(-9, bound, 0, 1, 0, 1)
+    with pytest.raises(ValueError, match=f"integers, got {bound!r}"):
+        Box3D.from_text([-9, bound, 0, 1, 0, 1])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.int64])
+def test_numpy_integers_of_any_width_do_not_wrap_around(dtype: type) -> None:
+    """In 8 bits 127 + 1 and 4 - 6 wrap, and so do the voxels of a volume in 16."""
+    widest = np.array([0, 127, 0, 127, 0, 127], dtype=dtype)
+    assert Box3D.from_text(widest) == Box3D.from_text([0, 127, 0, 127, 0, 127])
+    low = Box3D(*np.array([0, 4, 0, 10, 0, 10], dtype=dtype))
+    high = Box3D(*np.array([6, 8, 0, 10, 0, 10], dtype=dtype))
+    assert iou(low, high) == 0
+    assert iou(low, Box3D(*np.array([0, 100, 0, 100, 0, 100], dtype=dtype))) == 400 / 100**3
+    assert json.dumps(low.to_text()) == "[0, 3, 0, 9, 0, 9]"
+
+
+def test_a_box_of_other_than_six_numbers_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"six numbers, got \[0, 1, 2\]"):
+        Box3D.from_text([0, 1, 2])
 
 
 def test_identical_one_voxel_boxes_overlap_fully() -> None:
@@ -188,10 +210,25 @@ def test_overlap_in_millimetres_is_that_in_voxels(
     assert overlap / (sum(volumes) - overlap) == pytest.approx(iou(a, b), abs=1e-9)
 
 
+@given(boxes(), st.tuples(*[st.floats(0.1, 9) for _ in range(3)]))
+def test_millimetres_become_the_same_voxels_again(box: Box3D, spacing: tuple[float, float, float]) -> None:
+    assert Box3D.from_mm(*box.to_mm(spacing), spacing) == box
+
+
+def test_millimetres_go_to_the_nearest_border_and_must_leave_a_voxel() -> None:
+    assert Box3D.from_mm((0.1, 0.0, 0.0), (1.3, 2.0, 2.9), (0.7, 1.0, 1.0)) == Box3D(0, 2, 0, 2, 0, 3)
+    with pytest.raises(ValueError, match="slice_min < slice_max, got 1 and 1"):
+        Box3D.from_mm((0.6, 0.0, 0.0), (0.8, 2.0, 2.0), (0.7, 1.0, 1.0))
+    with pytest.raises(ValueError, match="finite"):
+        Box3D.from_mm((0.0, 0.0, 0.0), (math.inf, 2.0, 2.0), (0.7, 1.0, 1.0))
+
+
 def test_a_left_knee_is_mirrored_into_the_orientation_of_a_right_one() -> None:
     box = Box3D(2, 5, 10, 20, 30, 40)
     assert box.canonical("right", 16) == box
     assert box.canonical("left", 16) == Box3D(11, 14, 10, 20, 30, 40)
+    with pytest.raises(ValueError, match="'Left'"):
+        box.canonical("Left", 16)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
