@@ -1,25 +1,28 @@
 """Completions as JSON lines, scored as they stream by.
 
 A line is an object with `question_id`, `completion` and `truth` (`{"grades": {attribute: grade}, "bbox": six inclusive
-integers or null}`), and may have `example_id`, `visit` (`00M`, ...), `side`, `shape` (slices, x, y) and `spacing_mm`.
-Lines in a row with the same `example_id` are one group.
+integers or null}`; a grade of null was not graded), and may have `example_id`, `visit` (`00M`, ...), `side`, `shape`
+(slices, x, y) and `spacing_mm`. Lines in a row with the same `example_id` are one group.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from rewards.boxes import Box3D
-from rewards.ontology import QUESTIONS
+from rewards.ontology import QUESTIONS, Question
 from rewards.suite import RewardError, RewardRow, RewardSuite
 from rewards.types import Example, Truth, VolumeRef
 
 UNKNOWN_SHAPE = (2**31, 2**31, 2**31)
 """A grid that no box leaves, for lines that do not say how large the volume is."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,9 @@ class Line:
 
 
 def read_line(number: int, text: str) -> Line:
-    """Parse a line; one that cannot be used says why."""
+    """Parse a line; one that cannot be used says why. A byte that is not UTF-8 comes as a lone surrogate."""
+    if _SURROGATE.search(text):
+        return Line(number, {}, "not UTF-8; save the file in that encoding")
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -46,8 +51,8 @@ def read_line(number: int, text: str) -> Line:
         return Line(number, {}, f"not an object but {type(record).__name__}")
     try:
         return Line(number, record, example=_example(number, record))
-    except (KeyError, ValueError, TypeError) as error:
-        what = f"no field {error}" if isinstance(error, KeyError) else str(error)
+    except (KeyError, ValueError) as error:
+        what = f"it needs the field {error}" if isinstance(error, KeyError) else str(error)
         return Line(number, {}, what)
 
 
@@ -61,6 +66,14 @@ def score_lines(suite: RewardSuite, texts: Iterable[str]) -> Iterator[Line]:
             continue
         example = members[0].example
         assert example is not None
+        stranger = next((line.number for line in members if line.example != example), None)
+        if stranger is not None:
+            problem = (
+                f"example_id {example_id!r} stands for one question and truth in line {members[0].number} and for "
+                f"another in line {stranger}; give each an id of its own"
+            )
+            yield from (Line(line.number, {}, problem) for line in members)
+            continue
         try:
             rows = suite.score_group(example, [line.record["completion"] for line in members])
         except RewardError as error:
@@ -91,34 +104,66 @@ def scored_record(line: Line) -> dict[str, Any]:
 def _example(number: int, record: dict[str, Any]) -> Example:
     if not isinstance(record["completion"], str):
         raise ValueError(f"completion must be text, got {record['completion']!r:.100}")
-    question_id, truth = record["question_id"], record["truth"]
-    if question_id not in QUESTIONS or isinstance(question_id, bool):
-        raise ValueError(f"question_id must be 1 to 69, got {question_id!r:.100}")
-    question = QUESTIONS[question_id]
-    if not isinstance(truth, dict) or not isinstance(truth["grades"], dict):
-        raise ValueError(f"truth must have grades by attribute, got {truth!r:.200}")
+    question_id = record["question_id"]
+    if type(question_id) is not int or question_id not in QUESTIONS:
+        raise ValueError(f"question_id must be a number from 1 to 69, got {question_id!r:.100}")
+    example_id = record.get("example_id", f"line {number}")
+    if type(example_id) not in (str, int):
+        raise ValueError(f"example_id must be text or an integer, got {example_id!r:.100}")
+    visit, side = record.get("visit", ""), record.get("side", "right")
+    if not isinstance(visit, str):
+        raise ValueError(f'visit must be text such as "00M", got {visit!r:.100}')
+    if side not in ("right", "left"):
+        raise ValueError(f'side must be "right" or "left", got {side!r:.100}')
+    return Example(
+        example_id=str(example_id),
+        volume=VolumeRef(
+            volume_id="",
+            image_path="",
+            mask_path=None,
+            shape=_per_axis(record, "shape", UNKNOWN_SHAPE, (int,)),
+            spacing_mm=_per_axis(record, "spacing_mm", (1.0, 1.0, 1.0), (int, float)),
+        ),
+        question=QUESTIONS[question_id],
+        truth=_truth(record["truth"], QUESTIONS[question_id]),
+        patient_id="",
+        visit=visit,
+        side=side,
+    )
+
+
+def _truth(truth: Any, question: Question) -> Truth:
+    if not isinstance(truth, dict) or not isinstance(truth.get("grades"), dict):
+        raise ValueError(f'truth must be {{"grades": {{attribute: grade}}, "bbox": ...}}, got {truth!r:.200}')
     known = {attribute.name: attribute.grades for attribute in question.attributes}
-    for name, grade in truth["grades"].items():
+    grades = {name: grade for name, grade in truth["grades"].items() if grade is not None}
+    for name, grade in grades.items():
         if name not in known:
-            raise ValueError(f"question {question_id} has no attribute {name!r}; it has {list(known)}")
+            raise ValueError(
+                f"question {question.question_id} has no attribute {name!r}; it has {list(known)}"
+            )
         if type(grade) is not int or grade not in known[name]:
             raise ValueError(f"grade of {name!r} must be in {list(known[name])}, got {grade!r:.100}")
     box = truth.get("bbox")
-    if box is not None and not (isinstance(box, list) and len(box) == 6 and all(type(n) is int for n in box)):
+    if box is None:
+        return Truth(grades, None)
+    if not isinstance(box, list) or len(box) != 6:
         raise ValueError(f"bbox must be six integers or null, got {box!r:.200}")
-    volume = VolumeRef(
-        "",
-        "",
-        None,
-        tuple(record.get("shape", UNKNOWN_SHAPE)),
-        tuple(record.get("spacing_mm", (1.0, 1.0, 1.0))),
-    )
-    return Example(
-        example_id=str(record.get("example_id", f"line {number}")),
-        volume=volume,
-        question=question,
-        truth=Truth(dict(truth["grades"]), None if box is None else Box3D.from_text(box)),
-        patient_id="",
-        visit=str(record.get("visit", "")),
-        side=record.get("side", "right"),
-    )
+    try:
+        return Truth(grades, Box3D.from_text(box))
+    except ValueError as error:
+        raise ValueError(f"bbox must be first and last slice, x and y, got {box}: {error}") from None
+
+
+def _per_axis(
+    record: dict[str, Any], name: str, default: tuple[Any, Any, Any], kinds: tuple[type, ...]
+) -> tuple[Any, Any, Any]:
+    if name not in record:
+        return default
+    value = record[name]
+    if not isinstance(value, list) or [type(n) in kinds and 0 < n < math.inf for n in value] != [True] * 3:
+        raise ValueError(
+            f"{name} must be three positive numbers (slices, x, y) or be left out, got {value!r:.100}"
+        )
+    s, x, y = value
+    return s, x, y

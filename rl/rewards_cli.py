@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 from rich.console import Console
@@ -131,7 +131,7 @@ def score(
     suite = _suite(config, overrides)
     console, scored, total, bad = Console(highlight=False, soft_wrap=True), 0, 0.0, 0
     with (
-        source.open(encoding="utf-8") as lines,
+        _lines_of(source) as lines,
         writing(target),
         staged(target) as staging,
         staging.open("w", encoding="utf-8") as out,
@@ -160,7 +160,7 @@ def explain(
     from rewards.lines import read_line
 
     suite = _suite(config, overrides)
-    with source.open(encoding="utf-8") as lines:
+    with _lines_of(source) as lines:
         text = next(itertools.islice(lines, number - 1, None), None)
     if text is None:
         raise typer.BadParameter(f"{source} has fewer than {number} lines")
@@ -210,6 +210,11 @@ def replay(
         with writing(out), staged(out) as staging:
             result.table.write_parquet(staging)
         console.print(f"every completion: {out}", markup=False, soft_wrap=True)
+
+
+def _lines_of(file: Path) -> TextIO:
+    # a mark at the beginning is skipped, and a line that is not UTF-8 is a bad line, not the end
+    return file.open(encoding="utf-8-sig", errors="surrogateescape")
 
 
 def _explain(suite: RewardSuite, line: Line) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,16 +46,34 @@ def test_a_grid_is_minded_when_the_line_has_one() -> None:
         ("nonsense", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ("3", "not an object but int"),
-        ('{"question_id": 16, "completion": "x"}', "no field 'truth'"),
-        (line(question_id=70), "question_id must be 1 to 69, got 70"),
-        (line(question_id="16"), "question_id must be 1 to 69, got '16'"),
-        (line(question_id=True), "question_id must be 1 to 69, got True"),
+        ('{"question_id": 16, "completion": "x"}', "needs the field 'truth'"),
+        ('{"completion": "\udcff"}', "not UTF-8"),
+        (line(question_id=70), "question_id must be a number from 1 to 69, got 70"),
+        (line(question_id="16"), "question_id must be a number from 1 to 69, got '16'"),
+        (line(question_id=True), "question_id must be a number from 1 to 69, got True"),
+        (line(question_id=[16]), "question_id must be a number from 1 to 69, got [16]"),
+        (line(example_id=None), "example_id must be text or an integer, got None"),
+        (line(visit=12), 'visit must be text such as "00M", got 12'),
+        (line(side=2), 'side must be "right" or "left", got 2'),
+        (
+            line(shape=[4, 96]),
+            "shape must be three positive numbers (slices, x, y) or be left out, got [4, 96]",
+        ),
+        (line(shape=["4", "96", "96"]), "shape must be three positive"),
+        (line(shape=5), "shape must be three positive"),
+        (line(spacing_mm=[1, 0, 1]), "spacing_mm must be three positive"),
+        (line(spacing_mm=[1, math.nan, 1]), "spacing_mm must be three positive"),
         (line(completion=None), "completion must be text, got None"),
-        (line(truth=[]), "truth must have grades by attribute"),
+        (line(truth=[]), 'truth must be {"grades": {attribute: grade}, "bbox": ...}, got []'),
+        (line(truth={}), 'truth must be {"grades"'),
         (line(truth={"grades": {"Size": 1}}), "no attribute 'Size'; it has"),
         (line(truth={"grades": {"Size of lesion": 4}}), "grade of 'Size of lesion' must be in"),
         (line(truth={"grades": {}, "bbox": [1, 2]}), "six integers or null"),
-        (line(truth={"grades": {}, "bbox": [5, 2, 0, 1, 0, 1]}), "slice_min < slice_max"),
+        (
+            line(truth={"grades": {}, "bbox": [5, 2, 0, 1, 0, 1]}),
+            "got [5, 2, 0, 1, 0, 1]: Box3D needs slice_min",
+        ),
+        (line(truth={"grades": {}, "bbox": [True, 2, 0, 1, 0, 1]}), "integers, got True"),
     ],
 )
 def test_a_bad_line_is_named_by_its_number_and_the_others_are_scored(text: str, problem: str) -> None:
@@ -63,6 +82,21 @@ def test_a_bad_line_is_named_by_its_number_and_the_others_are_scored(text: str, 
     assert problem in scored[1].problem
     assert scored[0].row is not None
     assert scored[2].row is not None
+
+
+def test_a_grade_of_null_was_not_graded() -> None:
+    (scored,) = score_lines(
+        SUITE, [line(truth={"grades": {**GRADES, "Depth of lesion": None}, "bbox": None})]
+    )
+    assert scored.example is not None
+    assert scored.example.truth.grades == {"Size of lesion": 2}
+
+
+def test_one_example_id_for_two_truths_is_refused_and_both_lines_named() -> None:
+    other = line(example_id="a", truth={"grades": {"Size of lesion": 0}, "bbox": None})
+    scored = list(score_lines(SUITE, [line(example_id="a"), other, line(example_id="b")]))
+    assert [x.row is None for x in scored] == [True, True, False]
+    assert "'a' stands for one question and truth in line 1 and for another in line 2" in scored[0].problem
 
 
 @given(

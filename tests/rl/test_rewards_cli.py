@@ -118,6 +118,11 @@ def test_completions_are_scored_line_by_line(
     assert result.exit_code == 1
     assert "line 4: not JSON" in result.output
     assert len(out.read_text().splitlines()) == 3
+    good = completions.read_bytes().splitlines(keepends=True)[0]
+    completions.write_bytes(b"\xef\xbb\xbf" + good + b"\xff\xfe{}\n" + good)
+    result = cli(*words)
+    assert "line 2: not UTF-8" in result.output
+    assert "2 completions scored" in result.output
     words[5] = completions
     assert "are the same file" in refusal(*words, code=2)
 
