@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -48,3 +49,21 @@ def example_from_dict(record: Mapping[str, Any]) -> Example:
         side=record["side"],
         reasoning=record["reasoning"],
     )
+
+
+def as_example(column: Example | Mapping[str, Any] | str) -> Example:
+    """What a dataset's column holds for an example: itself, its `example_to_dict` form, or that as JSON.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(column, Example):
+        return column
+    try:
+        record = json.loads(column) if isinstance(column, str) else column
+        return example_from_dict(record)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"an example must be in the form of rewards.example_to_dict, or that as JSON "
+            f"({type(error).__name__}: {error}), got {column!r:.300}"
+        ) from error

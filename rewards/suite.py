@@ -18,9 +18,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from rewards.errors import ReasonKneeError
 from rewards.reading import read_answer
-from rewards.records import example_from_dict
+from rewards.records import as_example
 from rewards.registry import About, RewardSpec, find_reward
 from rewards.types import Answer, Example, Problem, ReaderMode, Reasoning
 
@@ -107,16 +109,28 @@ class RewardSuite:
 
     @classmethod
     def from_config(cls, config: Any, *, reasoning: Reasoning = "required") -> RewardSuite:
-        """From a mapping or object with `reader`, `on_error` and `components` (name, weight, gate, params)."""
-        components = [
-            Component(
-                name=_get(entry, "name"),
-                weight=float(_get(entry, "weight", 1.0)),
-                gate=_get(entry, "gate", ""),
-                params=dict(_get(entry, "params", {})),
+        """From a mapping or object with `reader`, `on_error` and `components` (name, weight, gate, params).
+
+        A component's `schedule` is for whoever trains (`set_parameter`).
+
+        Raises:
+            ValueError: as the constructor, or a component without a name or with another key than these.
+        """
+        components = []
+        for entry in _get(config, "components"):
+            unknown = set(entry) - _COMPONENT_KEYS if isinstance(entry, Mapping) else set()
+            if unknown:
+                raise ValueError(
+                    f"a component has {', '.join(sorted(_COMPONENT_KEYS))}, not {sorted(unknown)}: {entry}"
+                )
+            components.append(
+                Component(
+                    name=_get(entry, "name"),
+                    weight=float(_get(entry, "weight", 1.0)),
+                    gate=_get(entry, "gate", ""),
+                    params=dict(_get(entry, "params", {})),
+                )
             )
-            for entry in _get(config, "components")
-        ]
         return cls(
             components,
             reader=_get(config, "reader", "strict"),
@@ -192,22 +206,30 @@ class RewardSuite:
     def trl_reward(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         """TRL's reward signature: `GRPOTrainer(reward_funcs=suite.trl_reward)`.
 
-        The dataset must have a column `example` with `Example`s or their `example_to_dict` form. Completions are
-        strings or TRL's conversational message lists. Samples of one example are scored as one group, so group
-        rewards see the part of the group that is in this process's batch.
+        The dataset must have a column `example` with `Example`s, their `example_to_dict` form or that as JSON.
+        Completions are strings or TRL's conversational message lists. Samples of one example are scored as one group,
+        so group rewards see the part of the group that is in this process's batch.
         """
         if "example" not in columns:
             raise ValueError(f"the dataset needs a column 'example'; it has {sorted(columns)}")
-        examples = [
-            item if isinstance(item, Example) else example_from_dict(item) for item in columns["example"]
-        ]
+        examples = [as_example(item) for item in columns["example"]]
         return [row.total for row in self.score_batch(examples, [_text_of(c) for c in completions])]
 
     def score_batch(self, examples: Sequence[Example], completions: Sequence[str]) -> list[RewardRow]:
-        """Score completions of several questions, in any order; those of one example form a group."""
+        """Score completions of several questions, in any order; those of one example form a group.
+
+        Raises:
+            ValueError: not as many examples as completions, or one `example_id` for two examples.
+            RewardError: as `score_group`.
+        """
+        if len(examples) != len(completions):
+            raise ValueError(f"each completion needs its example: {len(completions)} and {len(examples)}")
         groups: dict[str, list[int]] = {}
         for index, example in enumerate(examples):
-            groups.setdefault(example.example_id, []).append(index)
+            group = groups.setdefault(example.example_id, [])
+            if group and example != examples[group[0]]:
+                raise ValueError(f"two different examples have the example_id {example.example_id!r}")
+            group.append(index)
         rows: dict[int, RewardRow] = {}
         for indices in groups.values():
             scored = self.score_group(examples[indices[0]], [completions[index] for index in indices])
@@ -225,9 +247,11 @@ class RewardSuite:
             scores = _call(spec, available, params)
             if scores is None:
                 return [None] * len(completions)
+            if isinstance(scores, np.ndarray):
+                scores = scores.tolist()
             if not isinstance(scores, Sequence) or len(scores) != len(completions):
                 raise RewardError(
-                    f"group reward {name!r} must return {len(completions)} scores or None "
+                    f"group reward {name!r} must return a list of {len(completions)} scores, or None, "
                     f"for example {example.example_id}, got {scores!r}"
                 )
         else:
@@ -315,13 +339,13 @@ def _call(spec: RewardSpec, available: Mapping[str, Any], params: Mapping[str, A
 def _checked_score(name: str, example: Example, score: Any) -> float | None:
     if score is None:
         return None
-    value = float(score) if isinstance(score, (float, int, numbers.Real)) else math.nan
+    value: Any = score if isinstance(score, (float, int, numbers.Real)) else math.nan
     # NaN fails both comparisons
     if not 0 <= value <= 1:
         raise RewardError(
-            f"reward {name!r} returned {score!r} for example {example.example_id}; it must be a number in [0, 1]"
+            f"reward {name!r} returned {score!r:.300} for example {example.example_id}; it must be a number in [0, 1]"
         )
-    return value
+    return float(value)
 
 
 def _problems(answer: Answer) -> str:
@@ -338,6 +362,7 @@ def _text_of(completion: Any) -> str:
 
 
 _REQUIRED = object()
+_COMPONENT_KEYS = {"name", "weight", "gate", "params", "schedule"}
 
 
 def _get(source: Any, key: str, default: Any = _REQUIRED) -> Any:

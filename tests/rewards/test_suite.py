@@ -177,7 +177,7 @@ def test_unknown_modes_are_refused(reader: Any) -> None:
         RewardSuite([Component("box_iou")], reasoning=reader)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, 1.5, "1", [1.0]])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, 1.5, "1", [1.0], 10**400])
 def test_a_score_outside_zero_to_one_names_function_example_and_value(value: Any, make_example: Make) -> None:
     constant("broken", value)
     suite = RewardSuite([Component("broken")])
@@ -215,8 +215,27 @@ def test_a_group_reward_sees_all_samples_at_once(make_example: Make) -> None:
     rows = suite.score_group(make_example(), ["abc", "a", "ab"])
     assert [row.total for row in rows] == [0.0, 1.0, 0.0]
     assert all(row.components["never"] is None for row in rows)
-    with pytest.raises(RewardError, match="must return 2 scores or None"):
+    with pytest.raises(RewardError, match="must return a list of 2 scores, or None"):
         RewardSuite([Component("too_few")]).score_group(make_example(), ["a", "b"])
+
+
+def test_a_group_reward_may_return_an_array(make_example: Make) -> None:
+    @group_reward
+    def rank(answers: list[Any]) -> np.ndarray:
+        return np.linspace(0, 1, len(answers)) if len(answers) < 4 else np.array(0.5)
+
+    suite = RewardSuite([Component("rank")])
+    assert [row.total for row in suite.score_group(make_example(), ["x"] * 3)] == [0.0, 0.5, 1.0]
+    with pytest.raises(RewardError, match="a list of 4 scores"):
+        suite.score_group(make_example(), ["x"] * 4)
+
+
+def test_a_batch_whose_examples_do_not_fit_is_refused(default_suite: RewardSuite, make_example: Make) -> None:
+    one = make_example()
+    with pytest.raises(ValueError, match="2 and 1"):
+        default_suite.score_batch([one], ["x", "y"])
+    with pytest.raises(ValueError, match="two different examples have the example_id"):
+        default_suite.score_batch([one, make_example(bbox=None)], ["x", "y"])
 
 
 def test_an_empty_group_has_no_rows(default_suite: RewardSuite, make_example: Make) -> None:
@@ -254,6 +273,8 @@ def test_a_config_of_mappings_or_objects_builds_the_same_suite(make_example: Mak
         assert suite.score(example, gold(example, None)).total == 1.0
     with pytest.raises(ValueError, match="lacks 'components'"):
         RewardSuite.from_config({})
+    with pytest.raises(ValueError, match=r"params, schedule, weight, not \['wieght'\]"):
+        RewardSuite.from_config({"components": [{"name": "box_iou", "wieght": 2.0}]})
 
 
 def test_the_readers_shape_flags_boxes_outside_the_volume(
