@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import keyword
+import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
-from rewards.registry import registered
+import rewards
 from rl.config import ConfigError
 
 _REWARD = '''"""A reward of my own: how near is the middle of the answered box to that of the true one?"""
@@ -83,15 +85,21 @@ def write_reward(file: Path) -> tuple[Path, Path]:
     Raises:
         ConfigError: a name that cannot be imported or is taken, or a file that is there.
     """
-    name = file.stem
-    if file.suffix != ".py" or not name.isidentifier() or keyword.iskeyword(name) or name in registered():
-        raise ConfigError(
-            f"{file}: the file is named like the reward, a Python name that no shipped reward has, as in my_reward.py"
-        )
-    test = file.with_name(f"test_{file.name}")
+    name, test = file.stem, file.with_name(f"test_{file.name}")
     for path in (file, test):
         if path.exists():
             raise ConfigError(f"{path} is there already; nothing was written")
+    if file.suffix != ".py" or not name.isidentifier() or keyword.iskeyword(name):
+        raise ConfigError(f"{file}: the file is named like the reward, a Python name, as in my_reward.py")
+    if name in rewards.__all__ or name in sys.stdlib_module_names or PathFinder.find_spec(name) is not None:
+        raise ConfigError(
+            f"{file}: {name!r} is taken by the rewards package or by a module that can be imported, which the file "
+            "would hide; choose another name, as in my_reward.py"
+        )
+    if name.startswith("test_") or name == "conftest":
+        raise ConfigError(
+            f"{file}: pytest would take this for a test; choose another name, as in my_reward.py"
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(_REWARD.format(name=name), encoding="utf-8")
     test.write_text(_TEST.format(name=name), encoding="utf-8")

@@ -74,8 +74,19 @@ def test_a_new_reward_and_its_test_pass_as_they_stand(tmp_path: Path, cli: Cli, 
     before = file.read_text()
     assert "is there already; nothing was written" in refusal("rewards", "new", file)
     assert file.read_text() == before
-    for name in ("box_iou.py", "my-reward.py", "class.py", "reward.txt"):
-        assert "a Python name that no shipped reward has" in refusal("rewards", "new", tmp_path / name)
+    for reason, names in {
+        "named like the reward, a Python name": ("my-reward.py", "class.py", "reward.txt"),
+        "is taken by the rewards package or by a module": (
+            "box_iou.py",
+            "Truth.py",
+            "json.py",
+            "rewards.py",
+            "numpy.py",
+        ),
+        "pytest would take this for a test": ("test_mine.py", "conftest.py"),
+    }.items():
+        for name in names:
+            assert reason in refusal("rewards", "new", tmp_path / name)
 
 
 @pytest.mark.slow
