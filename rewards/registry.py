@@ -18,6 +18,7 @@ import hashlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,12 +98,15 @@ def find_reward(name: str) -> RewardSpec:
     """Look up a registered name, or load `path/to/file.py:function`.
 
     Raises:
-        ValueError: unknown name (the nearest is suggested), or a function that cannot be used as a reward.
+        ValueError: unknown name (the nearest is suggested), a file that cannot be loaded, or a function that cannot be
+            used as a reward.
         FileNotFoundError: the file of a path does not exist.
     """
     path, colon, function_name = name.rpartition(":")
     if colon and path.endswith(".py"):
         return _from_file(Path(path), function_name)
+    if name.endswith(".py"):
+        raise ValueError(f"{name!r} names a file; name the function in it too, as in {name}:my_reward")
     if name not in _REGISTRY:
         nearest = difflib.get_close_matches(name, _REGISTRY, n=1, cutoff=0.0)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
@@ -178,9 +182,15 @@ def _from_file(path: Path, function_name: str) -> RewardSpec:
         sys.modules[module_name] = module
         try:
             module_spec.loader.exec_module(module)
-        except BaseException:
+        except Exception as error:
             del sys.modules[module_name]
-            raise
+            lines = [
+                f.lineno
+                for f in traceback.extract_tb(error.__traceback__)
+                if f.filename == module_spec.origin
+            ]
+            where = f" in line {lines[-1]}" if lines else ""
+            raise ValueError(f"{path} cannot be loaded: {type(error).__name__}{where}: {error}") from error
     module = sys.modules[module_name]
     function = getattr(module, function_name, None)
     if callable(function):

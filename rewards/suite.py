@@ -328,7 +328,7 @@ def _check_component(component: Component, spec: RewardSpec) -> None:
 def _call(spec: RewardSpec, available: Mapping[str, Any], params: Mapping[str, Any]) -> Any:
     try:
         return spec.function(*[available[a] for a in spec.arguments], **params)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a user's sys.exit() would end a run without a word
         completion = available.get("completion", available.get("completions"))
         raise RewardError(
             f"reward {spec.name!r} raised {type(error).__name__}: {error}; example {available['example'].example_id}, "

@@ -93,14 +93,23 @@ def test_a_notebook_may_define_its_reward_again() -> None:
 
 
 def test_a_file_that_fails_is_not_half_loaded(tmp_path: Path) -> None:
-    path = write(tmp_path / "mine.py", "1 / 0\n")
-    with pytest.raises(ZeroDivisionError):
-        find_reward(f"{path}:mine")
+    for source, reason in {
+        "x = 1\n1 / 0\n": r"mine\.py cannot be loaded: ZeroDivisionError in line 2: division by zero",
+        "import nowhere_to_be_found\n": "ModuleNotFoundError in line 1: No module named 'nowhere_to_be_found'",
+        "def mine(:\n": r"SyntaxError: invalid syntax \(mine\.py, line 1\)",
+    }.items():
+        path = write(tmp_path / "mine.py", source)
+        with pytest.raises(ValueError, match=reason):
+            find_reward(f"{path}:mine")
     write(path, "from rewards import reward\n@reward\ndef mine(completion):\n    return 0.25\n")
     assert find_reward(f"{path}:mine").function("") == 0.25
 
 
 def test_a_missing_file_function_or_decorator_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"'mine\.py' names a file; name the function in it too, as in mine\.py:my_reward"
+    ):
+        find_reward("mine.py")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.py does not exist"):
         find_reward(f"{tmp_path}/nowhere.py:mine")
     path = write(

@@ -185,6 +185,19 @@ def test_a_score_outside_zero_to_one_names_function_example_and_value(value: Any
         suite.score(make_example(), "x")
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), SystemExit(3)])
+def test_a_reward_that_raises_is_named_with_example_and_completion(
+    error: BaseException, make_example: Make
+) -> None:
+    @reward
+    def broken(answer: Any) -> float:
+        raise error
+
+    suite = RewardSuite([Component("broken")])
+    with pytest.raises(RewardError, match=r"'broken' raised .*; example 9000001_00M_s_s_1_1, completion 'x'"):
+        suite.score(make_example(), "x")
+
+
 def test_numpy_scores_are_numbers(make_example: Make) -> None:
     constant("single", np.float32(0.5))
     assert RewardSuite([Component("single")]).score(make_example(), "x").total == 0.5
