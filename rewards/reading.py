@@ -54,7 +54,7 @@ def read_answer(
     reasoning: Reasoning = "required",
     shape: Grid | None = None,
 ) -> Answer:
-    """Read a completion. Never raises, whatever the text.
+    """Read a completion. Never raises, whatever the text (an unknown mode is a ValueError).
 
     Args:
         text: the completion, without special tokens.
@@ -69,6 +69,10 @@ def read_answer(
         integers for the box and one for each grade. A value that is wrong (outside its grade space, an inverted
         box) is not a matter of format.
     """
+    if mode not in ("strict", "tolerant") or reasoning not in ("required", "none"):
+        raise ValueError(
+            f'mode is "strict" or "tolerant" and reasoning "required" or "none", got {mode!r} and {reasoning!r}'
+        )
     if len(text) > MAX_CHARS:
         return unread(Problem.TOO_LONG)
     answer = _read_strict(text, question, reasoning, shape)
@@ -177,7 +181,11 @@ def _open_envelope(text: str, reasoning: Reasoning) -> tuple[Problem, str, str]:
         if not closed:
             return Problem.MISSING_ANSWER, thought, ""
         if "<think>" in thought or "<think>" in text or "</think>" in text:
-            return Problem.UNEXPECTED_THINK, thought, ""
+            return (
+                (Problem.SEVERAL_ANSWERS if text.count("<answer>") > 1 else Problem.UNEXPECTED_THINK),
+                thought,
+                "",
+            )
         if not _LETTER_OR_DIGIT.search(thought):
             return Problem.EMPTY_THINK, thought, ""
         thought, text = thought.strip(), text.strip()

@@ -1,6 +1,7 @@
 """The strict reader takes the declared format and nothing else; grades and box fail apart."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -77,6 +78,7 @@ def test_without_reasoning_the_think_part_must_be_absent() -> None:
         (f"<think>a <answer>{body()}</answer></think><answer>{body()}</answer>", Problem.ANSWER_IN_THINK),
         (GOOD + f"<answer>{body()}</answer>", Problem.SEVERAL_ANSWERS),
         (completion(f"<answer>{body()}</answer>"), Problem.SEVERAL_ANSWERS),
+        (GOOD + GOOD, Problem.SEVERAL_ANSWERS),
         (GOOD + " That is all.", Problem.TEXT_OUTSIDE),
         ("Sure! " + GOOD, Problem.TEXT_OUTSIDE),
         (GOOD.replace("</think>", "</think> so "), Problem.TEXT_OUTSIDE),
@@ -102,6 +104,12 @@ def test_everything_else_is_refused_by_name_and_nothing_is_read(text: str, probl
     assert not answer.strict
     assert answer.grades == {}
     assert answer.bbox is None
+
+
+@pytest.mark.parametrize("unknown", [{"mode": "lenient"}, {"mode": "Strict"}, {"reasoning": "optional"}])
+def test_an_unknown_mode_is_refused_and_never_taken_for_another(unknown: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(unknown.values()))):
+        read_answer(GOOD, CARTILAGE, **unknown)
 
 
 @pytest.mark.parametrize(
