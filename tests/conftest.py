@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,14 @@ settings.load_profile("busy-machine")
 
 
 @pytest.fixture
-def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rewards that a test declares are gone after it."""
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Rewards that a test declares are gone after it, and so are the files it has loaded them from."""
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.startswith("rewards_user_"):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")
