@@ -31,28 +31,24 @@ class Generation:
         self.task, self.engine, self.accelerator = task, engine, accelerator
         self.sampler = task.sampler(config.seed, balance=self.settings.balance)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="generation")
-        self._ahead: tuple[int, Future[Answered]] | None = None
+        self._ahead: Future[Answered] | None = None
 
     def draw(self, step: int, volumes: int, again: int = 0) -> Answered:
-        """Ask now. `again` counts further draws of the same step."""
-        return self._questions(step, volumes, again)()
-
-    def draw_ahead(self, step: int) -> None:
-        """Have the questions of a later step answered while the caller goes on."""
-        self._ahead = step, self._thread.submit(self._questions(step, self.settings.volumes_per_step))
-
-    def was_ahead(self, step: int) -> Answered | None:
-        """What was asked ahead for this step, as soon as it is there; None: nothing was."""
-        if self._ahead is None or self._ahead[0] != step:
-            return None
-        answered = self._ahead[1].result()
+        """What was asked ahead, as soon as it is there; else ask now. `again` counts further draws of the same step."""
+        if self._ahead is None:
+            return self._questions(step, volumes, again)()
+        answered = self._ahead.result()
         self._ahead = None
         return answered
+
+    def draw_ahead(self, step: int) -> None:
+        """Have the questions of the coming step answered while the caller goes on."""
+        self._ahead = self._thread.submit(self._questions(step, self.settings.volumes_per_step))
 
     def wait(self) -> None:
         """Until the engine is idle."""
         if self._ahead is not None:
-            self._ahead[1].result()
+            self._ahead.result()
 
     def _questions(self, step: int, volumes: int, again: int = 0) -> Callable[[], Answered]:
         settings, rank = self.settings, self.accelerator.process_index

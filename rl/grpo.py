@@ -140,7 +140,8 @@ class GRPOTrainer:
         watch = Stopwatch()
         done = step + 1
         last = done == self.settings.max_steps
-        validates = self.validation and (done % self.settings.eval_steps == 0 or last)
+        every = self.settings.eval_steps
+        validation = self.validation if every and (last or done % every == 0) else None
         scored, drawn = self._scored_groups(step, watch)
         behind, self._behind = self._behind, None
         if self.settings.overlap and not last:
@@ -150,13 +151,13 @@ class GRPOTrainer:
         sums, agreement = self._update(scored, behind)
         self.schedule.step()
         watch.lap("seconds/train")
-        if not self.settings.overlap or validates or last:
+        if not self.settings.overlap or validation or last:
             self._publish()
             watch.lap("seconds/sync")
         record = self._record(step, scored, {**sums, "lr": lr, "drawn": drawn}, agreement, watch)
         self._move_schedules(record)
-        if self.validation and validates:
-            record |= self._validate(self.validation, done)
+        if validation:
+            record |= self._validate(validation, done)
         if self.run:
             self.run.log(record)
             if done % self.settings.save_steps == 0 or last:
@@ -200,9 +201,7 @@ class GRPOTrainer:
         return scored, drawn
 
     def _draw(self, step: int, volumes: int, watch: Stopwatch, again: int = 0) -> list[ScoredGroup]:
-        groups = None if again else self.generation.was_ahead(step)
-        if groups is None:
-            groups = self.generation.draw(step, volumes, again)
+        groups = self.generation.draw(step, volumes, again)
         watch.lap("seconds/rollout")
         scored = self.scorer.score(groups)
         watch.lap("seconds/reward")

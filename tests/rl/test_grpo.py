@@ -416,7 +416,7 @@ def test_an_overlapped_run_trains_on_what_the_weights_before_the_last_update_sai
         ].unique()
         for step in (1, 2, 3)
     ]
-    # published at the start (the first two steps), before the second step, and after it for the validation
+    # each step's questions are asked after a publication of their own
     assert [v.to_list() for v in versions] == [[served], [served + 1], [served + 2]]
     _, first, second, third = records(config)
     assert max(r["agreement/max"] for r in (first, second, third)) < config.grpo.probe_tolerance
