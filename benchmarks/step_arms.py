@@ -85,9 +85,8 @@ def packed(model: PeftModel, work: Work, attention: str = "sdpa") -> Forward:
 
     def step() -> float:
         batch = pack([root], IMAGE).to(model.device)
-        policy = PackedPolicy(
-            model, attention
-        )  # here: arms share the model, which holds the attention's name
+        # not before the step: arms share the model, which holds the attention's name
+        policy = PackedPolicy(model, attention)
         logps_N_T, _ = policy(batch)
         loss, _ = grpo_loss(LossInputs(logps_N_T, advantages_N[:, None], batch.mask_N_T), SETTINGS, totals)
         loss.backward()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from typing import Literal, SupportsIndex
 
@@ -141,11 +142,10 @@ class Box3D:
 def _integer(number: SupportsIndex) -> int:
     if type(number) is int:
         return number
-    try:
-        # True is an index to Python, but no coordinate
-        return operator.index(None if isinstance(number, bool) else number)  # type: ignore[arg-type]
-    except TypeError:
-        raise ValueError(f"the bounds of a box are integers, got {number!r}") from None
+    if not isinstance(number, bool):  # True is an index to Python, but no coordinate
+        with suppress(TypeError):
+            return operator.index(number)
+    raise ValueError(f"the bounds of a box are integers, got {number!r}")
 
 
 def _intersection(a: Box3D, b: Box3D) -> int:

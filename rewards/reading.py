@@ -181,11 +181,8 @@ def _open_envelope(text: str, reasoning: Reasoning) -> tuple[Problem, str, str]:
         if not closed:
             return Problem.MISSING_ANSWER, thought, ""
         if "<think>" in thought or "<think>" in text or "</think>" in text:
-            return (
-                (Problem.SEVERAL_ANSWERS if text.count("<answer>") > 1 else Problem.UNEXPECTED_THINK),
-                thought,
-                "",
-            )
+            several = text.count("<answer>") > 1
+            return Problem.SEVERAL_ANSWERS if several else Problem.UNEXPECTED_THINK, thought, ""
         if not _LETTER_OR_DIGIT.search(thought):
             return Problem.EMPTY_THINK, thought, ""
         thought, text = thought.strip(), text.strip()

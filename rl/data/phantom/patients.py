@@ -97,9 +97,8 @@ def plan_patients(
         plans[split] = []
         for i in range(count):
             mode = modes[grades][i % len(modes[grades])]
-            patient_id = (
-                f"9{ids[i * len(counts) + split_index]:06d}"  # no split's patients depend on another's number
-            )
+            # no split's patients depend on how many another has
+            patient_id = f"9{ids[i * len(counts) + split_index]:06d}"
             patient = _plan(patient_id, max_visits, mode, (seed, 1 + split_index, i), scans)
             scans += sum(len(knee) for knee in patient.knees)
             plans[split].append(patient)
