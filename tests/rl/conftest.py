@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers import Qwen3Config, Qwen3ForCausalLM
 from typer.testing import CliRunner, Result
 
 from rl.base.corpus import tokenizer_corpus
@@ -143,6 +146,42 @@ def cli() -> Callable[..., Result]:
         return CliRunner().invoke(app, [str(word) for word in words], env=environment)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def typed(reasonknee: Path) -> Callable[..., str]:
+    """What a command prints that is run as a user does, in a process of its own, and must succeed."""
+
+    def run(*words: str | Path) -> str:
+        done = subprocess.run(
+            [reasonknee, *words],
+            capture_output=True,
+            text=True,
+            timeout=500,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def qwen3() -> Qwen3ForCausalLM:
+    """A tiny language model of a second architecture, without pictures, in float32; grouped queries."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+    )
+    return Qwen3ForCausalLM(config)
 
 
 @pytest.fixture(scope="session")

@@ -71,23 +71,30 @@ class SharedOut:
         pass
 
 
+@pytest.fixture
+def small_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From when it is called, an engine gets six prompts at once."""
+    usual = Exam.__init__
+
+    def small(self: Exam, config: Config) -> None:
+        usual(self, config)
+        self.prompts_at_once = 6
+
+    return lambda: monkeypatch.setattr(Exam, "__init__", small)
+
+
 def test_however_many_engines_share_the_questions_the_answers_are_those_of_one(
     make_config: Callable[..., Config],
     engine: Engine,
     workshop: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    small_calls: Callable[[], None],
 ) -> None:
     """And no volume is taken up by two engines, nor in two calls: here a call has room for one and a half volumes."""
     config, adapter = make_config(SHORT[0]), workshop / "sft"
     alone = evaluate(config, engine, "SFT", adapter, tmp_path / "alone")
-    shared, exam = SharedOut(engine, 2), Exam.__init__
-
-    def small(self: Exam, config: Config) -> None:
-        exam(self, config)
-        self.prompts_at_once = 6
-
-    monkeypatch.setattr(Exam, "__init__", small)
+    small_calls()
+    shared = SharedOut(engine, 2)
     run = evaluate(config, shared, "SFT", adapter, tmp_path / "shared")
     assert run.answers.equals(alone.answers)
     taken_up = [volume for call in shared.calls for shard in call for volume in shard]
@@ -100,11 +107,12 @@ def test_a_run_that_was_stopped_goes_on_with_the_questions_that_are_left(
     engine: Engine,
     workshop: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    small_calls: Callable[[], None],
 ) -> None:
     """Answers of another adapter, or to the same adapter in another setting, are not taken for them."""
     config, adapter = make_config(SHORT[0]), workshop / "sft"
     alone = evaluate(config, engine, "SFT", adapter, tmp_path / "alone")
+    small_calls()
     asked: list[str] = []
 
     class Mortal(SharedOut):
@@ -117,13 +125,6 @@ def test_a_run_that_was_stopped_goes_on_with_the_questions_that_are_left(
             asked.extend(prompt.example_id for prompt in prompts)
             return super().generate(prompts, *rest)
 
-    whole = Exam.__init__
-
-    def small(self: Exam, config: Config) -> None:
-        whole(self, config)
-        self.prompts_at_once = 6
-
-    monkeypatch.setattr(Exam, "__init__", small)
     for stopped in (
         (config, None),
         (make_config(SHORT[0], "eval.temperature=1"), adapter),

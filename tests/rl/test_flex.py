@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from rl.flex import _compiled, tree_mask
 from rl.packed import Layout, Node, PackedPolicy, pack
@@ -65,40 +65,24 @@ def test_blocks_that_no_token_may_see_are_left_out() -> None:
     assert mask.kv_indices[0, 0, :, 0].tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.fixture(scope="module")
-def model() -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,  # grouped queries
-        head_dim=8,
-        max_position_embeddings=256,
-    )
-    return Qwen3ForCausalLM(config)
-
-
 @pytest.mark.slow
 @torch.no_grad()
 @settings(max_examples=50)
 @given(forest=forests)
 @example(forest=[(150, [(70, [(9, []), (5, [])]), (60, [(33, []), (0, [])])]), (3, [(2, [])])])
 def test_log_probabilities_equal_those_of_sdpa_per_level(
-    model: Qwen3ForCausalLM, forest: list[tuple[int, list]]
+    qwen3: Qwen3ForCausalLM, forest: list[tuple[int, list]]
 ) -> None:
     """Trees of any depth, in float32; the example crosses the edges of blocks."""
     batch = pack([grown(tree) for tree in forest], visual_token_id=-1)
     assume(batch.mask_N_T.any())
-    expected, got = (PackedPolicy(model, attention)(batch) for attention in ("sdpa", "flex"))
+    expected, got = (PackedPolicy(qwen3, attention)(batch) for attention in ("sdpa", "flex"))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_with_attention_dropout_is_refused(model: Qwen3ForCausalLM) -> None:
-    policy = PackedPolicy(model, "flex").train()
+def test_a_model_with_attention_dropout_is_refused(qwen3: Qwen3ForCausalLM) -> None:
+    policy = PackedPolicy(qwen3, "flex").train()
     attentions = [layer.self_attn for layer in policy.language_model.layers]
     for attention in attentions:
         attention.attention_dropout = 0.1

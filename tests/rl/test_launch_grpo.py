@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,22 +15,18 @@ from rl.config import Config
 from rl.grpo import train_grpo
 from rollouts.types import Engine
 
-COMMAND = Path(sys.executable).with_name("reasonknee")
 SETTINGS = ("grpo.warmup_steps=0", "eval.max_completion_length=64")
 EQUAL = ("reward", "loss", "grad_norm", "entropy", "completion_length", "groups_without_signal")
 
 
-def _launch(workshop: Path, run_dir: Path, *overrides: str) -> str:
-    done = subprocess.run(
-        [str(COMMAND), "launch", str(workshop / "recipe.yaml"), f"run_dir={run_dir}", *SETTINGS, *overrides],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def launch(typed: Callable[..., str], workshop: Path) -> Callable[..., str]:
+    """Runs `reasonknee launch` into a folder: what it prints."""
+
+    def run(run_dir: Path, *overrides: str) -> str:
+        return typed("launch", workshop / "recipe.yaml", f"run_dir={run_dir}", *SETTINGS, *overrides)
+
+    return run
 
 
 def _records(run_dir: Path) -> list[dict[str, float]]:
@@ -42,7 +35,7 @@ def _records(run_dir: Path) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_two_ranks_on_ray_train_the_same_adapter_as_one_process_and_go_on(
-    workshop: Path,
+    launch: Callable[..., str],
     make_config: Callable[..., Config],
     engine: Engine,
     accelerator: Accelerator,
@@ -52,9 +45,9 @@ def test_two_ranks_on_ray_train_the_same_adapter_as_one_process_and_go_on(
     alone = make_config(*SETTINGS, run="alone")
     train_grpo(alone, engine, accelerator)
     two = tmp_path / "two"
-    printed = _launch(workshop, two, "ray.num_workers=2", "grpo.max_steps=1")
+    printed = launch(two, "ray.num_workers=2", "grpo.max_steps=1")
     assert "GRPO: 1/1  reward" in printed
-    printed = _launch(workshop, two, "ray.num_workers=2")  # two steps now: one more
+    printed = launch(two, "ray.num_workers=2")  # two steps now: one more
     assert "GRPO: 2/2  reward" in printed
     assert "GRPO: 1/2" not in printed
     for one, other in zip(_records(Path(alone.run_dir)), _records(two), strict=True):
@@ -64,12 +57,12 @@ def test_two_ranks_on_ray_train_the_same_adapter_as_one_process_and_go_on(
     # moves a weight by 2e-5 in one process too, of a step of 3e-3
     for name, tensor in load_file(two / "grpo" / "adapter" / "adapter_model.safetensors").items():
         torch.testing.assert_close(tensor, reached[name], rtol=1e-3, atol=1e-4)
-    assert "nothing has changed" in _launch(workshop, two, "ray.num_workers=2")
+    assert "nothing has changed" in launch(two, "ray.num_workers=2")
 
 
 @pytest.mark.slow
-def test_the_loop_runs_against_vllm_in_an_actor(workshop: Path, tmp_path: Path) -> None:
-    _launch(workshop, tmp_path / "run", "engine.kind=vllm", "engine.kv_cache_gib=0.25", "grpo.max_steps=2")
+def test_the_loop_runs_against_vllm_in_an_actor(launch: Callable[..., str], tmp_path: Path) -> None:
+    launch(tmp_path / "run", "engine.kind=vllm", "engine.kv_cache_gib=0.25", "grpo.max_steps=2")
     records = _records(tmp_path / "run")
     assert [r["step"] for r in records] == [1, 2]
     assert all(r["agreement/max"] < 1e-3 for r in records)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from copy import deepcopy
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 from rl.base.model import build_model, build_tokenizer
@@ -178,19 +179,8 @@ def test_logits_in_parts_give_the_same_log_probabilities_entropies_and_gradients
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def test_plain_text_prompts_of_a_second_architecture_pack_the_same_way() -> None:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-    )
-    policy = PackedPolicy(Qwen3ForCausalLM(config).double())
+def test_plain_text_prompts_of_a_second_architecture_pack_the_same_way(qwen3: Qwen3ForCausalLM) -> None:
+    policy = PackedPolicy(deepcopy(qwen3).double())
     root = Node(
         [1, 2, 3], children=[Node([4, 5], children=[Node([6, 7, 8], scored=True), Node([9], scored=True)])]
     )

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +10,6 @@ import pytest
 
 from rl.bench.answers import BenchRun, read_run
 
-COMMAND = Path(sys.executable).with_name("reasonknee")
 SHORT = ("eval.max_completion_length=6", "engine.kind=vllm", "engine.kv_cache_gib=0.25")
 
 
@@ -27,28 +23,23 @@ def test_engines_that_this_machine_cannot_hold_are_refused_before_anything_start
     assert not (tmp_path / "eval" / "base").exists()
 
 
-def _evaluated(workshop: Path, run_dir: Path, *overrides: str) -> tuple[dict[str, BenchRun], str]:
+def _evaluated(
+    typed: Callable[..., str], workshop: Path, run_dir: Path, *overrides: str
+) -> tuple[dict[str, BenchRun], str]:
     """The runs of base and SFT, and what was printed."""
     shutil.copytree(workshop / "sft", run_dir / "sft" / "adapter")
-    done = subprocess.run(
-        [
-            *(str(COMMAND), "eval", "--config", str(workshop / "recipe.yaml"), f"run_dir={run_dir}"),
-            *(*SHORT, *overrides),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return {name: read_run(run_dir / "eval" / name) for name in ("base", "SFT")}, done.stdout
+    printed = typed("eval", "--config", workshop / "recipe.yaml", f"run_dir={run_dir}", *SHORT, *overrides)
+    return {name: read_run(run_dir / "eval" / name) for name in ("base", "SFT")}, printed
 
 
 @pytest.mark.slow
-def test_two_engines_under_ray_give_the_answers_of_one(workshop: Path, tmp_path: Path) -> None:
-    one, _ = _evaluated(workshop, tmp_path / "one")
-    two, printed = _evaluated(workshop, tmp_path / "two", "ray.num_engines=2", "ray.cpus_per_engine=0.5")
+def test_two_engines_under_ray_give_the_answers_of_one(
+    typed: Callable[..., str], workshop: Path, tmp_path: Path
+) -> None:
+    one, _ = _evaluated(typed, workshop, tmp_path / "one")
+    two, printed = _evaluated(
+        typed, workshop, tmp_path / "two", "ray.num_engines=2", "ray.cpus_per_engine=0.5"
+    )
     assert "starting 2 x vllm" in printed
     for name, run in one.items():
         assert two[name].answers.equals(run.answers)

@@ -207,6 +207,15 @@ def test_size_and_speed_are_told(
     assert "volumes/s" in lines[-1]
 
 
+def relative_error(lines: list[str], stored: str) -> list[float]:
+    """The mean and the largest error of the only line that speaks of it."""
+    (said,) = [line for line in lines if "relative error" in line]
+    assert said.startswith(
+        f"computed in torch.float32, stored in torch.{stored}: relative error of a visual token"
+    )
+    return [float(number) for number in re.findall(r"\d\.\de-\d+", said)]
+
+
 def test_the_error_of_storing_in_another_number_format_is_told_once(
     tower: VisionTower, cache: EmbeddingCache, view: VolumeViewConfig, volumes: list[VolumeRef]
 ) -> None:
@@ -214,16 +223,11 @@ def test_the_error_of_storing_in_another_number_format_is_told_once(
     tower.max_patches = 1
     lines: list[str] = []
     embed_examples(volumes, tower, cache, view, storage_dtype=torch.bfloat16, log=lines.append)
-    (said,) = [line for line in lines if "relative error" in line]
-    assert said.startswith(
-        "computed in torch.float32, stored in torch.bfloat16: relative error of a visual token"
-    )
-    mean, largest = map(float, re.findall(r"\d\.\de-\d+", said))
+    mean, largest = relative_error(lines, "bfloat16")
     assert 2**-11 < mean <= largest < 2**-9
     lines.clear()
-    embed_examples(
-        volumes, tower, cache, view, storage_dtype=torch.bfloat16, log=lines.append
-    )  # all are there
+    # all are there
+    embed_examples(volumes, tower, cache, view, storage_dtype=torch.bfloat16, log=lines.append)
     embed_examples(volumes, tower, cache, view, log=lines.append)  # stored as computed
     assert not [line for line in lines if "relative error" in line]
 
@@ -243,8 +247,7 @@ def test_one_cache_holds_volumes_in_eight_bits_beside_those_in_full(
     small = embed_examples(volumes, tower, cache, view, storage_dtype=FLOAT8, log=quiet)
     assert sum(encoded) == 5
     assert lines[0].startswith("2 volumes, 32 visual tokens and 8.32 kB each (torch.float8_e4m3fn), 16.6 kB")
-    (said,) = [line for line in lines if "relative error" in line]
-    mean, largest = map(float, re.findall(r"\d\.\de-\d+", said))
+    mean, largest = relative_error(lines, "float8_e4m3fn")
     assert 2**-6 < mean <= largest < 2**-4
     for name in full:
         exact, read = cache.get(full[name]), cache.get(small[name])
