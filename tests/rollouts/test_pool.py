@@ -20,7 +20,7 @@ from rollouts.actor import EngineLocation, pack, unpack
 from rollouts.pool import EnginePool, PoolLimits, shard_by_volume
 from rollouts.types import NO_PICTURE, EngineError, Group, Prompt, Rollout, Sampling, VolumeFeatures
 
-LIMITS = PoolLimits(start_s=60, generate_s=60)
+LIMITS = PoolLimits(start_s=300, generate_s=60)
 SAMPLING = Sampling(max_tokens=4)
 
 
@@ -197,11 +197,11 @@ def test_an_engine_that_dies_twice_is_an_error(start: Callable[..., EnginePool],
 
 @pytest.mark.slow
 def test_an_engine_that_hangs_is_restarted(start: Callable[..., EnginePool], tmp_path: Path) -> None:
-    pool = start(limits=PoolLimits(start_s=60, generate_s=3))
+    pool = start(limits=PoolLimits(start_s=300, generate_s=3))
     (tmp_path / "hang").touch()
     began = time.monotonic()
     assert len(_ask(pool)) == 6
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 500  # it hangs for 1000 s
 
 
 @pytest.mark.slow
