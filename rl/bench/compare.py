@@ -240,21 +240,22 @@ def detectable(difference: Difference, patients: int, confidence: float) -> floa
 
 
 def outcome(difference: Difference) -> str:
-    """`won`, `lost` or `no difference shown`, from B's side, by whether the interval excludes 0."""
+    """`outcome_of` its interval; `too few patients` below `PATIENTS_FOR_A_CLAIM`."""
+    if difference.n_patients < PATIENTS_FOR_A_CLAIM:
+        return "too few patients"
     return outcome_of(difference.interval)
 
 
 def outcome_of(interval: Interval) -> str:
-    """`outcome` of a difference with this interval."""
+    """`won`, `lost` or `no difference shown`, from B's side, by whether the interval excludes 0."""
     if interval.low > 0:
         return "won"
     return "lost" if interval.high < 0 else "no difference shown"
 
 
-def corrected_outcome(interval: Interval, p_holm: float, confidence: float) -> str:
-    """`outcome_of`, and whether Holm's correction takes it back: `won, Holm > 0.05`."""
-    result = outcome_of(interval)
-    fell = result != "no difference shown" and p_holm > 1 - confidence
+def corrected(result: str, p_holm: float, confidence: float) -> str:
+    """The outcome, and whether Holm's correction takes it back: `won, Holm > 0.05`."""
+    fell = result in ("won", "lost") and p_holm > 1 - confidence
     return f"{result}, Holm > {1 - confidence:.2g}" if fell else result
 
 

@@ -10,8 +10,10 @@ from rl.bench.compare import (
     POWER,
     Comparison,
     Difference,
-    corrected_outcome,
+    corrected,
     detectable,
+    outcome,
+    outcome_of,
     primary_and_usual,
     signed,
 )
@@ -19,7 +21,7 @@ from rl.bench.endpoints import SAME_COLUMNS
 from rl.bench.intervals import Interval
 from rl.bench.meta import settings_words
 from rl.bench.seeds import MIN_SEEDS, SeedSummary
-from rl.bench.views import Row, TableView
+from rl.bench.views import Row, TableView, capitalised
 
 BENCHMARK_PATIENTS = 399
 """Patients of the released test split."""
@@ -76,7 +78,7 @@ def _answered(comparisons: Sequence[ArmComparison]) -> str:
     """What every table says first, the same for all that is compared."""
     pair = comparisons[0].pairs[0]
     words = pair.b.answered(pair.n_items, pair.n_patients)
-    return f"{words[0].upper()}{words[1:]}; {settings_of_pairs(comparisons)}"
+    return f"{capitalised(words)}; {settings_of_pairs(comparisons)}"
 
 
 def _outcome_note(comparison: Comparison) -> str:
@@ -173,7 +175,7 @@ def _cells(d: Difference, confidence: float) -> tuple[str, ...]:
         _interval(d.interval),
         p_words(d.p_value),
         p_words(d.p_holm),
-        corrected_outcome(d.interval, d.p_holm, confidence),
+        corrected(outcome(d), d.p_holm, confidence),
         f"{d.n:,}",
         f"{d.n_patients:,}",
     )
@@ -185,7 +187,8 @@ def _over_seeds(s: SeedSummary, confidence: float) -> tuple[str, ...]:
     if s.interval is None or s.p_value is None or s.p_holm is None:
         return (*spread, *[WITHHELD] * 3, "no claim")
     tests = (p_words(s.p_value), p_words(s.p_holm))
-    return (*spread, _interval(s.interval), *tests, corrected_outcome(s.interval, s.p_holm, confidence))
+    result = corrected(outcome_of(s.interval), s.p_holm, confidence)
+    return (*spread, _interval(s.interval), *tests, result)
 
 
 def _power_note(comparison: Comparison) -> str:

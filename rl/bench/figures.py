@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from rewards.errors import ReasonKneeError
 from rl.bench.arms import ArmComparison
-from rl.bench.compare import MEASURE_NAMES, corrected_outcome, outcome_of
+from rl.bench.compare import MEASURE_NAMES, corrected, outcome, outcome_of
 from rl.bench.differences import shown_endpoints
 from rl.bench.endpoints import TABLE3_COLUMNS, grades_of
 from rl.bench.intervals import Interval
@@ -27,7 +27,7 @@ from rl.bench.intervals import Interval
 TRUTH, ARM_A, ARM_B = "#009e73", "#e69f00", "#0072b2"
 """Okabe-Ito colours, told apart with any colour vision; the template's style sheet repeats them."""
 GREY = "#777777"
-_OUTCOME_COLOURS = {"won": ARM_B, "lost": "#d55e00", "no difference shown": GREY}
+_OUTCOME_COLOURS = {"won": ARM_B, "lost": "#d55e00"}
 _STYLE = {
     "font.size": 9,
     "font.family": "sans-serif",
@@ -269,17 +269,17 @@ def _histogram_panel(
 def _forest_row(axes: Axes, arm: ArmComparison, endpoint: tuple[str, str], place: float) -> None:
     found = [pair.get(*endpoint) for pair in arm.pairs]
     summary = arm.over(*endpoint)
-    lines: list[tuple[float, Interval | None, float | None, str, float]] = [
-        (d.difference, d.interval, d.p_holm, "o", 1.8) for d in found if d is not None
+    lines: list[tuple[float, Interval | None, float | None, str, str, float]] = [
+        (d.difference, d.interval, d.p_holm, outcome(d), "o", 1.8) for d in found if d is not None
     ]
     if summary is not None:
-        lines.append((summary.mean, summary.interval, summary.p_holm, "D", 3.0))
-    for index, (difference, interval, p_holm, marker, width) in enumerate(lines):
+        result = outcome_of(summary.interval) if summary.interval else "no claim"
+        lines.append((summary.mean, summary.interval, summary.p_holm, result, "D", 3.0))
+    for index, (difference, interval, p_holm, result, marker, width) in enumerate(lines):
         y = place + 0.8 * ((index + 0.5) / len(lines) - 0.5)
-        colour = inside = _OUTCOME_COLOURS[outcome_of(interval)] if interval else GREY
-        if interval and p_holm is not None:
-            after = corrected_outcome(interval, p_holm, arm.pairs[0].confidence)
-            inside = _OUTCOME_COLOURS.get(after, "white")
+        colour = inside = _OUTCOME_COLOURS.get(result, GREY)
+        if p_holm is not None and corrected(result, p_holm, arm.pairs[0].confidence) != result:
+            inside = "white"
         if interval:
             axes.plot(
                 [interval.low, interval.high], [y, y], color=colour, linewidth=width, solid_capstyle="butt"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import polars as pl
 
@@ -59,8 +59,9 @@ class Sample:
     grades: tuple[GradeLine, ...]
     rewards: tuple[RewardLine, ...]
     """Empty where no rewards are configured, or a box was given."""
-    iou_a: float | None
-    iou_b: float | None
+    box_a: str
+    box_b: str
+    """`IoU 0.43`, `no box read`, or nothing where there is no true box to compare with."""
     strict_a: bool
     strict_b: bool
     completion_a: str
@@ -159,8 +160,8 @@ def make_sample(
         question=question_text(question).removesuffix(answer_template(question)).strip(),
         grades=_grade_lines(question, truth.grades, answer_a, answer_b),
         rewards=_reward_lines(suites, [run.answers.filter(this) for run in arms]) if suites else (),
-        iou_a=item_a["iou"],
-        iou_b=item_b["iou"],
+        box_a=_box_words(item_a),
+        box_b=_box_words(item_b),
         strict_a=item_a["strict"],
         strict_b=item_b["strict"],
         completion_a=_capped(row_a["completion"]),
@@ -209,6 +210,12 @@ def _weighted(name: str, row: RewardRow) -> str:
 def _paid(name: str, row: RewardRow) -> str:
     score = row.components[name]
     return f"{score:.3f}" if score is not None else "failed" if name in row.errors else "does not apply"
+
+
+def _box_words(item: Mapping[str, Any]) -> str:
+    if item["iou"] is None:
+        return ""
+    return f"IoU {item['iou']:.2f}" if item["box_read"] else "no box read"
 
 
 def _capped(text: str) -> str:

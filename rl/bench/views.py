@@ -22,10 +22,7 @@ _BOX_MEASURES = (
     *("iou", "iou_median", *(f"iou_{bar:.2f}" for bar in IOU_BARS)),
     *("distance_mm", "iou_grade_correlation"),
 )
-_AGREEMENT = (
-    *(("macro_f1", "macro-F1"), ("kappa", "kappa"), ("mae", "MAE")),
-    ("all_correct", "all right"),
-)
+_AGREEMENT = (("macro_f1", "macro-F1"), ("kappa", "kappa"), ("mae", "MAE"), ("all_correct", "all right"))
 _GRADES_OF = {BASELINE_MODEL: "train-majority grade", PRIOR_MODEL: "grades as often as in training"}
 """How the grades of a baseline came about, by the model of its run."""
 
@@ -112,11 +109,7 @@ def balanced_table(by_run: Mapping[str, Tables]) -> TableView:
 def category_table(by_run: Mapping[str, Tables]) -> TableView:
     """Every grade measure in the paper's seven categories."""
     measures = (("accuracy", "accuracy"), ("balanced_accuracy", "balanced"), *_AGREEMENT)
-    rows = [
-        Row(_values(f"{name}, {words}", t, measure, CATEGORIES, boxes=False), _kind(t.meta))
-        for measure, words in measures
-        for name, t in by_run.items()
-    ]
+    rows = _measure_rows(by_run, measures, CATEGORIES, boxes=False)
     return TableView(
         "The seven categories",
         f"{_header(by_run)}. Measures as in the tables of Table 2's columns; n: graded attributes.",
@@ -143,11 +136,7 @@ def table3(by_run: Mapping[str, Tables]) -> TableView:
 def agreement_table(by_run: Mapping[str, Tables]) -> TableView:
     """Macro-F1, quadratic-weighted kappa, mean absolute error and answers without a wrong grade."""
     columns = (*TABLE2_COLUMNS, OVERALL)
-    rows = [
-        Row(_values(f"{name}, {words}", t, measure, columns, boxes=False), _kind(t.meta))
-        for measure, words in _AGREEMENT
-        for name, t in by_run.items()
-    ]
+    rows = _measure_rows(by_run, _AGREEMENT, columns, boxes=False)
     return TableView(
         "Agreement: macro-F1, kappa, MAE, all right",
         f"{_header(by_run)}. Means over attributes; quadratic-weighted kappa and mean absolute error over ordinal ones "
@@ -206,11 +195,7 @@ def structure_table(by_run: Mapping[str, Tables]) -> TableView:
     columns = (*TABLE3_COLUMNS, OVERALL)
     shares = ((f"iou_{bar:.2f}", f"IoU ≥ {bar:g}") for bar in IOU_BARS)
     measures = (("iou_median", "median"), *shares, ("distance_mm", "mm apart"))
-    rows = [
-        Row(_values(f"{name}, {words}", t, measure, columns, boxes=True), _kind(t.meta))
-        for measure, words in measures
-        for name, t in by_run.items()
-    ]
+    rows = _measure_rows(by_run, measures, columns, boxes=True)
     return TableView(
         "Structures: spread of IoU and distance",
         f"{_header(by_run)}. An unread box has IoU 0 and no distance, which flatters "
@@ -268,7 +253,12 @@ def _header(by_run: Mapping[str, Tables]) -> str:
         raise ValueError(f"a table takes runs on the same items, read in the same way; got {shown}")
     header = next(iter(headers))
     asked = {name: t.meta for name, t in by_run.items() if _kind(t.meta) == "run"}
-    return "; ".join([header[0].upper() + header[1:], *([settings_words(asked)] if asked else [])])
+    return "; ".join([capitalised(header), *([settings_words(asked)] if asked else [])])
+
+
+def capitalised(words: str) -> str:
+    """With its first letter as a sentence begins, the others as they are."""
+    return words[0].upper() + words[1:]
 
 
 def _kind(meta: RunMeta) -> str:
@@ -279,6 +269,17 @@ def _values(name: str, t: Tables, measure: str, columns: Sequence[str], *, boxes
     if t.meta.model in _GRADES_OF:
         name = f"{name} ({'train-mean box' if boxes else _GRADES_OF[t.meta.model]})"
     return (name, *(_value(t, measure, column) for column in columns))
+
+
+def _measure_rows(
+    by_run: Mapping[str, Tables], measures: Sequence[tuple[str, str]], columns: Sequence[str], *, boxes: bool
+) -> list[Row]:
+    """A row per measure, (key, words), and run."""
+    return [
+        Row(_values(f"{name}, {words}", t, measure, columns, boxes=boxes), _kind(t.meta))
+        for measure, words in measures
+        for name, t in by_run.items()
+    ]
 
 
 def _value(t: Tables, measure: str, column: str) -> str:

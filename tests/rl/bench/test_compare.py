@@ -12,14 +12,14 @@ from rl.bench.compare import (
     CompareError,
     check_same_items,
     compare,
-    corrected_outcome,
+    corrected,
     detectable,
     outcome,
+    outcome_of,
     signed,
     verdict,
 )
 from rl.bench.holm import holm
-from rl.bench.intervals import Interval
 from rl.bench.metrics import grade_run, tables
 from rl.config import CompareConfig
 
@@ -222,16 +222,19 @@ def test_a_primary_endpoint_that_was_changed_after_the_answers_were_made_is_told
 
 
 def test_a_handful_of_patients_is_no_evidence(examples, answered):
-    few = examples(3, [1, 42])
-    text = verdict(compare(answered(few, "SFT", 0.2), answered(few, "GRPO", 0.9), QUICK))
-    assert "With 3 patients nothing here should be taken as shown" in text
+    few = examples(9, [1, 42])
+    result = compare(answered(few, "SFT", 0.2), answered(few, "GRPO", 0.9), QUICK)
+    text = verdict(result)
+    assert outcome_of(result.get("balanced_accuracy").interval) == "won"
+    assert {outcome(d) for d in result.differences} == {"too few patients"}
+    assert "With 9 patients nothing here should be taken as shown" in text
 
 
 def test_one_patient_shows_nothing_however_large_the_difference(examples, answered):
     one = examples(1, [1, 42])
     result = compare(answered(one, "SFT", 0.0), answered(one, "GRPO", 1.0), QUICK)
     assert result.n_patients == 1
-    assert {outcome(d) for d in result.differences} == {"no difference shown"}
+    assert {outcome_of(d.interval) for d in result.differences} == {"no difference shown"}
 
 
 def test_four_times_the_patients_show_half_the_difference(comparison):
@@ -256,11 +259,11 @@ def test_a_run_that_reads_nothing_loses(weak):
 
 
 def test_an_outcome_that_holms_correction_takes_back_says_so():
-    above = Interval(0.001, 0.03)
-    assert corrected_outcome(above, 0.04, 0.95) == "won"
-    assert corrected_outcome(above, 0.2, 0.95) == "won, Holm > 0.05"
-    assert corrected_outcome(Interval(-0.03, -0.001), 0.2, 0.9) == "lost, Holm > 0.1"
-    assert corrected_outcome(Interval(-0.03, 0.001), 0.2, 0.95) == "no difference shown"
+    assert corrected("won", 0.04, 0.95) == "won"
+    assert corrected("won", 0.2, 0.95) == "won, Holm > 0.05"
+    assert corrected("lost", 0.2, 0.9) == "lost, Holm > 0.1"
+    assert corrected("no difference shown", 0.2, 0.95) == "no difference shown"
+    assert corrected("too few patients", 0.2, 0.95) == "too few patients"
 
 
 def test_holm_adjusts_as_in_the_textbook():

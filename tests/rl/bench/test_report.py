@@ -164,6 +164,7 @@ def test_samples_show_what_each_component_of_the_reward_paid_both_answers(built)
         *("output_format (weight 0.09)", "moaks_accuracy (weight 0.45)", "box_iou (weight 0.45)", "Total")
     ]
     assert [line.a for line in sample.rewards] == ["0.000"] * 4
+    assert (sample.box_a, sample.box_b) == ("no box read", f"IoU {graded[1].items['iou'][0]:.2f}")
     assert [line.b for line in sample.rewards] == [
         *(f"{score:.3f}" for score in (*paid.components.values(), paid.total))
     ]
