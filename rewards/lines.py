@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from rewards.boxes import Box3D
-from rewards.ontology import QUESTIONS, Question
+from rewards.ontology import QUESTIONS
+from rewards.records import truth_from_dict
 from rewards.suite import RewardError, RewardRow, RewardSuite
-from rewards.types import Example, Truth, VolumeRef
+from rewards.types import Example, VolumeRef
 
 UNKNOWN_SHAPE = (2**31, 2**31, 2**31)
 """A grid that no box leaves, for lines that do not say how large the volume is."""
@@ -125,34 +125,11 @@ def _example(number: int, record: dict[str, Any]) -> Example:
             spacing_mm=_per_axis(record, "spacing_mm", (1.0, 1.0, 1.0), (int, float)),
         ),
         question=QUESTIONS[question_id],
-        truth=_truth(record["truth"], QUESTIONS[question_id]),
+        truth=truth_from_dict(record["truth"], QUESTIONS[question_id]),
         patient_id="",
         visit=visit,
         side=side,
     )
-
-
-def _truth(truth: Any, question: Question) -> Truth:
-    if not isinstance(truth, dict) or not isinstance(truth.get("grades"), dict):
-        raise ValueError(f'truth must be {{"grades": {{attribute: grade}}, "bbox": ...}}, got {truth!r:.200}')
-    known = {attribute.name: attribute.grades for attribute in question.attributes}
-    grades = {name: grade for name, grade in truth["grades"].items() if grade is not None}
-    for name, grade in grades.items():
-        if name not in known:
-            raise ValueError(
-                f"question {question.question_id} has no attribute {name!r}; it has {list(known)}"
-            )
-        if type(grade) is not int or grade not in known[name]:
-            raise ValueError(f"grade of {name!r} must be in {list(known[name])}, got {grade!r:.100}")
-    box = truth.get("bbox")
-    if box is None:
-        return Truth(grades, None)
-    if not isinstance(box, list) or len(box) != 6:
-        raise ValueError(f"bbox must be six integers or null, got {box!r:.200}")
-    try:
-        return Truth(grades, Box3D.from_text(box))
-    except ValueError as error:
-        raise ValueError(f"bbox must be first and last slice, x and y, got {box}: {error}") from None
 
 
 def _per_axis(

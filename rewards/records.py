@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rewards.boxes import Box3D
-from rewards.ontology import QUESTIONS
+from rewards.ontology import QUESTIONS, Question
 from rewards.types import Example, Truth, VolumeRef
 
 
@@ -32,23 +32,49 @@ def example_from_dict(record: Mapping[str, Any]) -> Example:
 
     Raises:
         KeyError: a missing field or unknown question id.
+        ValueError: grades or a box that the question cannot have.
     """
-    volume, truth = record["volume"], record["truth"]
+    volume, question = record["volume"], QUESTIONS[record["question_id"]]
     return Example(
         example_id=record["example_id"],
         volume=VolumeRef(
             **{**volume, "shape": tuple(volume["shape"]), "spacing_mm": tuple(volume["spacing_mm"])},
         ),
-        question=QUESTIONS[record["question_id"]],
-        truth=Truth(
-            grades={name: grade for name, grade in truth["grades"].items() if grade is not None},
-            bbox=Box3D.from_text(truth["bbox"]) if truth["bbox"] is not None else None,
-        ),
+        question=question,
+        truth=truth_from_dict(record["truth"], question),
         patient_id=record["patient_id"],
         visit=record["visit"],
         side=record["side"],
         reasoning=record["reasoning"],
     )
+
+
+def truth_from_dict(truth: Any, question: Question) -> Truth:
+    """The truth of a question from plain data, as `example_to_dict` writes it; a grade of None means not graded.
+
+    Raises:
+        ValueError: not that form, or grades and boxes that the question cannot have.
+    """
+    if not isinstance(truth, Mapping) or not isinstance(truth.get("grades"), Mapping):
+        raise ValueError(f'truth must be {{"grades": {{attribute: grade}}, "bbox": ...}}, got {truth!r:.200}')
+    known = {attribute.name: attribute.grades for attribute in question.attributes}
+    grades = {name: grade for name, grade in truth["grades"].items() if grade is not None}
+    for name, grade in grades.items():
+        if name not in known:
+            raise ValueError(
+                f"question {question.question_id} has no attribute {name!r}; it has {list(known)}"
+            )
+        if type(grade) is not int or grade not in known[name]:
+            raise ValueError(f"grade of {name!r} must be in {list(known[name])}, got {grade!r:.100}")
+    box = truth.get("bbox")
+    if box is None:
+        return Truth(grades, None)
+    if not isinstance(box, list) or len(box) != 6:
+        raise ValueError(f"bbox must be six integers or null, got {box!r:.200}")
+    try:
+        return Truth(grades, Box3D.from_text(box))
+    except ValueError as error:
+        raise ValueError(f"bbox must be first and last slice, x and y, got {box}: {error}") from None
 
 
 def as_example(column: Example | Mapping[str, Any] | str) -> Example:

@@ -259,6 +259,8 @@ def read_question_file(path: Path) -> dict[int, str]:
                 f"but question {key} asks for {QUESTIONS[number].entity!r}; correct the key or the text",
             )
         texts[number] = text
+    if not texts:
+        raise DataError(Fault.MAPPING, f"{path}: no question in it")
     return texts
 
 

@@ -1,5 +1,6 @@
 """Composition: weights, gates, penalties, groups, and what breaks the contract."""
 
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -317,6 +318,25 @@ def test_an_example_survives_a_dataset_column(make_example: Make) -> None:
     record = example_to_dict(make_example(16))
     record["truth"]["grades"]["grade"] = None
     assert example_from_dict(record) == make_example(16)
+
+
+@pytest.mark.parametrize(
+    ("truth", "message"),
+    [
+        ({"grades": {"size": 1}, "bbox": None}, "question 16 has no attribute 'size'"),
+        (
+            {"grades": {"Size of lesion": 9}, "bbox": None},
+            "grade of 'Size of lesion' must be in [0, 1, 2, 3]",
+        ),
+        ({"grades": {"Size of lesion": 1}, "bbox": [1, 2]}, "bbox must be six integers or null"),
+        (None, "truth must be"),
+    ],
+)
+def test_a_dataset_columns_truth_that_the_question_cannot_have_is_refused(
+    make_example: Make, truth: object, message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        example_from_dict({**example_to_dict(make_example(16)), "truth": truth})
 
 
 def test_a_schedule_may_change_a_parameter_between_batches(make_example: Make) -> None:

@@ -141,6 +141,13 @@ def test_a_damaged_question_file_is_named(tmp_path: Path, content, problem):
     assert str(file) in str(error.value)
 
 
+def test_a_question_file_without_questions_is_refused(tmp_path: Path):
+    path = tmp_path / "questions.json"
+    path.write_text("{}")
+    with pytest.raises(DataError, match=r"questions\.json: no question in it"):
+        read_question_file(path)
+
+
 def test_the_questions_come_from_the_config_then_the_users_file_then_the_benchmark(dataset):
     config = dataset.config()
     assert question_ids(config) == tuple(dataset.labels)
