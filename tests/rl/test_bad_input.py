@@ -211,6 +211,7 @@ def test_features_that_were_damaged_on_disk_are_named_and_made_again(
     assert cli("sft", *given).exit_code == 0
 
 
+@pytest.mark.slow
 @contextmanager
 def files_no_larger_than(size: int) -> Iterator[None]:
     """What a full disk does to a write, done by the kernel."""
