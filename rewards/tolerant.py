@@ -30,7 +30,7 @@ from rewards.ontology import Question
 from rewards.parts import Grid, check_box, check_grades
 from rewards.types import Answer, Problem
 
-_TAG = re.compile(r"<(/?)(think|answer)>", re.IGNORECASE)
+_TAG = re.compile(r"(</?(?:think|answer)>)", re.IGNORECASE)
 _MARKER = re.compile(r"final diagnosis\s{0,8}:", re.IGNORECASE)
 _INTEGER = re.compile(r"\s{0,8}(-?[0-9]{1,6})(?:\.0{1,6})?\s{0,8}")
 # possessive: a blank is given to one repeat and stays there, so the match is linear
@@ -114,27 +114,22 @@ def split_reasoning(text: str) -> tuple[str, str, bool]:
     thoughts: list[str] = []
     outside: list[str] = []
     answers: list[str] = []
-    state, start = "outside", 0
-    for tag in _TAG.finditer(text):
-        closing, name = tag[1] == "/", tag[2].lower()
-        if state == "think":
-            if not (closing and name == "think"):
+    pieces = _TAG.split(text)  # text and tag in turn
+    into, begun = outside, 0
+    for i in range(1, len(pieces), 2):
+        tag = pieces[i].lower()
+        if into is thoughts:
+            if tag != "</think>":
                 continue
-            thoughts.append(text[start : tag.start()])
-            state = "outside"
-        elif name == "think":
-            piece = text[start : tag.start()]
-            if closing and not thoughts:
-                # everything before was reasoning that lost its opening tag
-                thoughts, outside, answers = [text[: tag.start()]], [], []
-            else:
-                (answers if state == "answer" else outside).append(piece)
-            state = "outside" if closing else "think"
+            thoughts.append("".join(pieces[begun:i]))
+        elif tag == "</think>" and not thoughts:
+            # everything before was reasoning that lost its opening tag
+            thoughts, outside, answers = ["".join(pieces[:i])], [], []
         else:
-            (answers if state == "answer" else outside).append(text[start : tag.start()])
-            state = "outside" if closing else "answer"
-        start = tag.end()
-    {"think": thoughts, "outside": outside, "answer": answers}[state].append(text[start:])
+            into.append(pieces[i - 1])
+        into = thoughts if tag == "<think>" else answers if tag == "<answer>" else outside
+        begun = i + 1
+    into.append("".join(pieces[begun:]))
     region = _SEAM.join(answers or outside)
     marker = _MARKER.search(region)
     if marker:
