@@ -100,7 +100,7 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     attention: str = "sdpa"
-    """How training attends within the tree: sdpa (a call per set of siblings) | flex (one FlexAttention call; GPU)."""
+    """How training attends within the tree: sdpa (a call per run of siblings) | flex (one FlexAttention call; GPU)."""
 
 
 @dataclass

@@ -1,9 +1,10 @@
 """FlexAttention of the packed row: one call over all its tokens, which skips blocks that no token may see.
 
-The other way to attend within a prefix tree, `model.attention=flex`. Where one SDPA call per set of siblings
-(`rl.packed`) pads the siblings and copies the path's keys before each of them, the flat row here attends to itself
-and the tree is in the mask: on a GPU one kernel, which looks at blocks of 128 x 128 tokens with a pair to compute and
-at no others (Dong et al., arXiv 2412.05496). On a CPU, torch has no backward of it and materialises the scores.
+The other way to attend within a prefix tree, `model.attention=flex`. Where one SDPA call per run of siblings
+(`rl.packed`) copies the path's keys before them and computes what one sibling would see of another, the flat row here
+attends to itself and the tree is in the mask: on a GPU one kernel, which looks at blocks of 128 x 128 tokens with a
+pair to compute and at no others (Dong et al., arXiv 2412.05496). On a CPU, torch has no backward of it and materialises
+the scores.
 
 Who sees whom: a depth-first walk enters node n at `enter[n]` and has seen its subtree at `leave[n]`, so the nodes on
 n's path are those with enter[path] <= enter[n] < leave[path]. Parents come before children in the flat row, and a

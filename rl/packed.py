@@ -8,10 +8,11 @@ tokens would run through the language model once per completion. Packed, the tre
            └─ question 2 ── completion 1          token-wise layers (projections, MLP, norms) see the flat row;
                          └─ completion 2          attention runs once per set of siblings
 
-Attention per set of siblings ("per level"): the children of a node run as a padded batch [C, T] whose keys are
-the node's path [A] followed by the child's own tokens [T]. A token thus attends to its own ancestors and its own
-past only, at the rotary position it would have if it stood alone, so log-probabilities and gradients equal
-those of one padded row per completion. `rl.flex` attends in one call instead.
+Attention per set of siblings ("per level"): the queries of a node's children are one row of T tokens, and its keys the
+node's path [A], once, followed by the same T tokens, each masked but for its own child's past. A token thus attends to
+its own ancestors and its own past only, at the rotary position it would have if it stood alone, so log-probabilities
+and gradients equal those of one padded row per completion. Children with too many tokens for that attend in several
+runs (`rl.microbatch.attended_at_once`). `rl.flex` attends in one call instead.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rl.flex import flex_tree_attention, tree_mask
-from rl.microbatch import scored_at_once
+from rl.microbatch import attended_at_once, scored_at_once
 
 ATTENTIONS = {"sdpa": "packed_tree", "flex": "packed_tree_flex"}
 """`model.attention` -> the attention function's name among transformers'."""
@@ -52,7 +53,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Siblings:
-    """Children of one node, as indices into the batch's nodes."""
+    """Children of one node that attend in one call, as indices into the batch's nodes. A root is alone."""
 
     path: tuple[int, ...]
     """The nodes from the root to the parent."""
@@ -65,6 +66,7 @@ class Layout:
 
     lengths: tuple[int, ...]
     siblings: tuple[Siblings, ...]
+    """In the order of the row, each a stretch of it."""
 
     @property
     def parents(self) -> list[int]:
@@ -142,8 +144,9 @@ class _Builder:
     def add_siblings(self, nodes: list[Node], path: list[_Placed], next_position: int) -> None:
         placed = [self._place(node, path, next_position) for node in nodes]
         filled = [p for p in placed if p.span]
-        if filled:
-            self.siblings.append(Siblings(tuple(p.index for p in path), tuple(p.index for p in filled)))
+        for run in attended_at_once(sum(len(p.span) for p in path), [len(p.span) for p in filled]):
+            children = filled[run.start : run.stop]
+            self.siblings.append(Siblings(tuple(p.index for p in path), tuple(p.index for p in children)))
         for node, place in zip(nodes, placed, strict=True):
             if node.children:
                 if not place.span:
@@ -201,18 +204,20 @@ class _Builder:
         )
 
 
-def sibling_masks(layout: Layout, device: torch.device) -> list[torch.Tensor]:
-    """For each set of C siblings, the keys [C, 1, T, A + T] each query sees: the whole path and its own past.
+def sibling_masks(layout: Layout, device: torch.device) -> list[torch.Tensor | None]:
+    """For each run of siblings, the keys [T, A + T] each query sees: the whole path, and the past of its own node.
 
-    Padding comes last, so no real token sees any.
+    None for a root, which is plainly causal.
     """
-    masks = []
+    masks: list[torch.Tensor | None] = []
     for s in layout.siblings:
-        longest = max(layout.lengths[child] for child in s.children)
-        ancestors = sum(layout.lengths[node] for node in s.path)
-        own = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
-        path = torch.ones(longest, ancestors, dtype=torch.bool, device=device)
-        masks.append(torch.cat([path, own], dim=1).expand(len(s.children), 1, -1, -1))
+        if not s.path:
+            masks.append(None)
+            continue
+        child_T = torch.repeat_interleave(torch.tensor([layout.lengths[child] for child in s.children]))
+        own = (child_T[:, None] == child_T).tril()
+        path = torch.ones(len(child_T), sum(layout.lengths[node] for node in s.path), dtype=torch.bool)
+        masks.append(torch.cat([path, own], dim=1).to(device))
     return masks
 
 
@@ -221,14 +226,14 @@ def packed_tree_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: Sequence[torch.Tensor],
+    attention_mask: Sequence[torch.Tensor | None],
     *,
     layout: Layout,
     scaling: float | None = None,
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of the flat row, one SDPA call per set of siblings.
+    """Attention of the flat row, one SDPA call per run of siblings.
 
     Args:
         query: [1, heads, L, d]; key, value: [1, kv_heads, L, d].
@@ -238,38 +243,19 @@ def packed_tree_attention(
     """
     repeats = query.shape[1] // key.shape[1]
     # one split, because its backward is one concatenation; slicing would write a row of zeros per slice
-    q_nodes, k_nodes, v_nodes = (x[0].split(layout.lengths, dim=1) for x in (query, key, value))
-    outputs: list[torch.Tensor] = [query] * len(layout.lengths)
-    for s, mask_C_1_T_AT in zip(layout.siblings, attention_mask, strict=True):
-        lengths = [layout.lengths[child] for child in s.children]
+    q_runs = query.split([sum(layout.lengths[child] for child in s.children) for s in layout.siblings], dim=2)
+    k_nodes, v_nodes = (x.split(layout.lengths, dim=2) for x in (key, value))
+    outputs = []
+    for s, mask_T_AT, q in zip(layout.siblings, attention_mask, q_runs, strict=True):
+        k, v = (
+            repeat_kv(torch.cat([nodes[i] for i in (*s.path, *s.children)], dim=2), repeats)
+            for nodes in (k_nodes, v_nodes)
+        )
         attended = F.scaled_dot_product_attention(
-            _stack(q_nodes, s.children, lengths),
-            repeat_kv(_with_path(k_nodes, s, lengths), repeats),
-            repeat_kv(_with_path(v_nodes, s, lengths), repeats),
-            attn_mask=mask_C_1_T_AT,
-            dropout_p=dropout,
-            scale=scaling,
-        )  # [C, heads, T, d]
-        for child, length, rows in zip(s.children, lengths, attended, strict=True):
-            outputs[child] = rows[:, :length]
-    return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
-
-
-def _stack(nodes: Sequence[torch.Tensor], children: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-    """Children padded to the longest, [C, heads, T, d]."""
-    longest = max(lengths)
-    return torch.stack(
-        [F.pad(nodes[c], (0, 0, 0, longest - n)) for c, n in zip(children, lengths, strict=True)]
-    )
-
-
-def _with_path(nodes: Sequence[torch.Tensor], s: Siblings, lengths: Sequence[int]) -> torch.Tensor:
-    """The path's keys (or values) before each child's own, [C, kv_heads, A + T, d]."""
-    own = _stack(nodes, s.children, lengths)
-    if not s.path:
-        return own
-    path = torch.cat([nodes[i] for i in s.path], dim=1)
-    return torch.cat([path.expand(len(s.children), -1, -1, -1), own], dim=2)
+            q, k, v, attn_mask=mask_T_AT, dropout_p=dropout, is_causal=mask_T_AT is None, scale=scaling
+        )
+        outputs.append(attended)
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTIONS["sdpa"], packed_tree_attention)
@@ -283,7 +269,7 @@ class PackedPolicy(nn.Module):
     data-parallel module skips gradient synchronisation without an error.
 
     Args:
-        attention: "sdpa", one call per set of siblings, the reference; or "flex", one call (`rl.flex`).
+        attention: "sdpa", one call per run of siblings, the reference; or "flex", one call (`rl.flex`).
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, attention: str = "sdpa") -> None:
@@ -342,7 +328,7 @@ class PackedPolicy(nn.Module):
         ).last_hidden_state[0]
         return hidden[batch.predictors_N_T[batch.mask_N_T]]
 
-    def _masks(self, layout: Layout) -> list[torch.Tensor] | BlockMask:
+    def _masks(self, layout: Layout) -> list[torch.Tensor | None] | BlockMask:
         """What the attention function is given as its mask, the same in every layer."""
         if self.attention == "flex":
             return tree_mask(layout.lengths, layout.parents, self.device)

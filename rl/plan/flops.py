@@ -1,7 +1,7 @@
 """Floating-point operations: 2 for each multiplication with a weight and the addition that follows.
 
-Attention is counted for the pairs of tokens that may see each other. What the packed forward computes beyond that (the
-masked half of causal attention, the padding of siblings) is kept apart: it costs time and is of no use.
+Attention is counted for the pairs of tokens that may see each other. What the packed forward computes beyond that (what
+siblings would see of each other) is kept apart: it costs time and is of no use.
 
     forward           2 W a token, W the weights it is multiplied with; attention 4 H a pair and layer, H the width
     backward          the same again for the gradient of the inputs; that of the frozen weights is not computed, so the
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from rl.config import LoraConfig
-from rl.microbatch import scored_at_once
+from rl.microbatch import attended_at_once, scored_at_once
 from rl.plan.sizes import Language, Vision
 
 ATTENTION_BACKWARD = 2.5
@@ -30,7 +30,7 @@ class Operations:
     """Linear layers of the decoder (or tower), adapter included."""
     attention: float = 0.0
     masked: float = 0.0
-    """Attention computed and then masked, or on padding."""
+    """Attention computed and then masked."""
     lm_head: float = 0.0
 
     @property
@@ -51,10 +51,15 @@ class Operations:
 
 @dataclass(frozen=True, slots=True)
 class Siblings:
-    """Children of one node of the prefix tree: their lengths in tokens, and that of the path they continue."""
+    """Children of one node of the prefix tree that attend in one call (`rl.packed.Siblings`), in tokens."""
 
     path: int
+    """The length of what they continue."""
     lengths: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
 
     @property
     def pairs(self) -> float:
@@ -62,10 +67,9 @@ class Siblings:
         return sum(self.path * n + n * (n + 1) / 2 for n in self.lengths)
 
     @property
-    def computed_pairs(self) -> int:
-        """Of the padded batch that `rl.packed` computes."""
-        longest = max(self.lengths)
-        return len(self.lengths) * longest * (self.path + longest)
+    def computed_pairs(self) -> float:
+        """Of the call that `rl.packed` makes: each token with the path and all of them, a root's with its past."""
+        return self.tokens * (self.path + self.tokens) if self.path else self.pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,7 @@ class Forest:
 
     @property
     def tokens(self) -> int:
-        return sum(sum(s.lengths) for s in self.siblings)
+        return sum(s.tokens for s in self.siblings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,22 +98,27 @@ class TreeShape:
 
     def prompts(self, questions: Sequence[int]) -> Forest:
         """Volumes that are asked so many questions each."""
-        asked = (Siblings(self.volume, (self.question,) * count) for count in questions)
-        return Forest((Siblings(0, (self.volume,) * len(questions)), *asked), scored=0)
+        volumes = _runs(0, self.volume, len(questions))
+        asked = (run for count in questions for run in _runs(self.volume, self.question, count))
+        return Forest((*volumes, *asked), scored=0)
 
     def forest(self, questions: Sequence[int]) -> Forest:
         """The same with all completions."""
-        prompt = self.volume + self.question
-        group = Siblings(prompt, (self.completion,) * self.generations)
+        group = _runs(self.volume + self.question, self.completion, self.generations)
         groups = sum(questions)
         return Forest(
-            (*self.prompts(questions).siblings, *(group,) * groups),
+            (*self.prompts(questions).siblings, *group * groups),
             scored=groups * self.generations * self.completion,
         )
 
     def padded_tokens(self, questions: int) -> int:
         """Of one row per completion, for a volume with so many questions."""
         return questions * self.generations * (self.volume + self.question + self.completion)
+
+
+def _runs(path: int, length: int, count: int) -> list[Siblings]:
+    """So many siblings of one length, as they attend."""
+    return [Siblings(path, (length,) * len(run)) for run in attended_at_once(path, [length] * count)]
 
 
 def forward(language: Language, lora: LoraConfig, forest: Forest) -> Operations:

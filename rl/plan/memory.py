@@ -8,8 +8,8 @@ format; the adapter and what goes into it are float32, copied when b is 2):
     outputs of their A            4 r
     gate, SiLU of it, up          3 b intermediate
 
-and for each set of siblings, heads repeated and the path before every child: queries, keys, values, result and the mask
-as numbers. With checkpointing only the layers' inputs, and all this for one layer at a time.
+and for each run of siblings, heads repeated and the path before them: queries, keys, values, result and the mask as
+numbers. With checkpointing only the layers' inputs, and all this for one layer at a time.
 """
 
 from __future__ import annotations
@@ -98,15 +98,14 @@ def kept_of_layer(language: Language, lora: LoraConfig, forest: Forest, number_b
 
 
 def _kept_of_attention(language: Language, s: Siblings, number_bytes: int) -> float:
-    rows = len(s.lengths) * max(s.lengths)
-    queries_and_results = rows * language.heads * (2 * language.head_size * number_bytes + 4)
-    return queries_and_results + 2 * _keys(language, s, number_bytes) + s.computed_pairs * number_bytes
+    queries_and_results = s.tokens * language.heads * (2 * language.head_size * number_bytes + 4)
+    mask = s.computed_pairs * number_bytes if s.path else 0
+    return queries_and_results + 2 * _keys(language, s, number_bytes) + mask
 
 
 def _keys(language: Language, s: Siblings, number_bytes: int) -> float:
-    """Keys of a set of siblings, as attention gets them."""
-    longest = max(s.lengths)
-    return len(s.lengths) * (s.path + longest) * language.hidden * number_bytes
+    """Keys of a run of siblings, as attention gets them."""
+    return (s.path + s.tokens) * language.hidden * number_bytes
 
 
 def gradients_of_layer(language: Language, forest: Forest, number_bytes: int) -> float:

@@ -7,7 +7,7 @@ from itertools import zip_longest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rl.microbatch import GroupTokens, within_budget
+from rl.microbatch import GroupTokens, attended_at_once, within_budget
 
 SHARED = (30, 50, 0)
 groups = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 40))).map(
@@ -32,3 +32,16 @@ def test_every_group_is_computed_once_within_the_budget_or_alone(
         assert len(part) == 1 or tokens(members) <= budget
         if following:  # as many as fit
             assert tokens([*members, groups[following[0]]]) > budget
+
+
+@given(st.integers(0, 60), st.lists(st.integers(1, 40)))
+def test_siblings_attend_together_up_to_half_the_length_of_their_path_or_alone(
+    path: int, lengths: list[int]
+) -> None:
+    runs = list(attended_at_once(path, lengths))
+    assert [i for run in runs for i in run] == list(range(len(lengths)))
+    for run, following in zip_longest(runs, runs[1:]):
+        together = sum(lengths[i] for i in run)
+        assert len(run) == 1 or together <= path / 2
+        if following:  # as many as may
+            assert together + lengths[following[0]] > path / 2

@@ -41,13 +41,26 @@ def forest_of(batch: PackedBatch) -> Forest:
 
 
 def counting() -> FlopCounterMode:
-    """Torch's own counter, told that the CPU's attention kernel is attention too."""
+    """Torch's own counter, told that the CPU's attention kernel is attention too, and what it leaves out if causal."""
 
-    def there(q: Shape, k: Shape, v: Shape, *_: object, **__: object) -> int:
-        return sdpa_flop_count(q, k, v)
+    def computed(whole: int, causal: bool, q: Shape) -> int:
+        return whole * (q[2] + 1) // (2 * q[2]) if causal else whole
 
-    def back(grad: Shape, q: Shape, k: Shape, v: Shape, *_: object, **__: object) -> int:
-        return sdpa_backward_flop_count(grad, q, k, v)
+    def there(q: Shape, k: Shape, v: Shape, dropout: float = 0.0, causal: bool = False, **_: object) -> int:
+        return computed(sdpa_flop_count(q, k, v), causal, q)
+
+    def back(
+        grad: Shape,
+        q: Shape,
+        k: Shape,
+        v: Shape,
+        out: Shape,
+        logsumexp: Shape,
+        dropout: float,
+        causal: bool,
+        **_: object,
+    ) -> int:
+        return computed(sdpa_backward_flop_count(grad, q, k, v), causal, q)
 
     kernels = {
         aten._scaled_dot_product_flash_attention_for_cpu: there,
@@ -74,7 +87,7 @@ def test_the_plans_tree_is_the_packed_one() -> None:
 def test_the_forward_is_counted_exactly(
     policy: PackedPolicy, sizes: ModelSizes, lora: LoraConfig, batch: PackedBatch
 ) -> None:
-    """Masked attention included: without it, what is needed is less, by the padding and the masked half."""
+    """Masked attention included: without it, what is needed is less."""
     with counting() as counter, torch.no_grad():
         policy(batch)
     expected = forward(sizes.language, lora, forest_of(batch))
