@@ -5,7 +5,8 @@
 The workload: answers in the declared format of about 300 tokens (1,100 characters), right and wrong ones mixed, to
 all 62 questions, in groups of 8, scored by the default suite. Best of five runs. Beside it, on the same completions:
 the standard library's parsing of the answer alone, and the three rewards as they are commonly written (a pattern,
-`json.loads`, an overlap; nothing guarded).
+`json.loads`, an overlap; nothing guarded). A component's share of the default suite is what a suite without it saves;
+what is left over is the suite's own.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from multiprocessing import get_context
 
 import numpy as np
 
-from rewards import Component, Example, RewardSuite
+from rewards import Component, Example, RewardSuite, read_answer
 from rewards.redteam import EXPLOITS, cases, honest_answer
 
 GROUP = 8
@@ -48,10 +49,15 @@ def main() -> None:
     print(
         f"{'the same rewards, nothing guarded':40}{len(texts) / seconds:10,.0f} /s  {seconds / parsing:5.1f} x parsing"
     )
-    for name, components in {"default suite": DEFAULT, **{c.name: (c,) for c in DEFAULT}}.items():
-        suite = RewardSuite(components)
-        seconds = best(partial(score, suite, groups))
-        print(f"{name:40}{len(texts) / seconds:10,.0f} /s  {seconds / parsing:5.1f} x parsing")
+    whole = best(partial(score, RewardSuite(DEFAULT), groups))
+    print(f"{'default suite':40}{len(texts) / whole:10,.0f} /s  {whole / parsing:5.1f} x parsing")
+    reading = best(
+        lambda: [read_answer(text, example.question) for example, group in groups for text in group]
+    )
+    print(f"{'  of it reading the answer':40}{reading / whole:10.0%}")
+    for component in DEFAULT:
+        others = RewardSuite([c for c in DEFAULT if c is not component])
+        print(f"{'  ' + component.name:40}{1 - best(partial(score, others, groups)) / whole:10.0%}")
     tolerant = RewardSuite(DEFAULT, reader="tolerant")
     seconds = best(partial(score, tolerant, groups))
     print(
