@@ -15,26 +15,6 @@ def scored_at_once(vocabulary: int) -> int:
     return max(1, LOGITS_AT_ONCE // vocabulary)
 
 
-def attended_at_once(path: int, lengths: Sequence[int]) -> Iterator[range]:
-    """Cut siblings into runs whose attention is one call: together at most half as long as their path, or one alone.
-
-    The keys of a run are the path's and its own, of which those of the others are computed to be masked. Each run costs
-    a copy of the path's keys.
-
-    Args:
-        path: tokens before them.
-        lengths: tokens of each.
-    """
-    start = tokens = 0
-    for i, length in enumerate(lengths):
-        if i > start and 2 * (tokens + length) > path:
-            yield range(start, i)
-            start, tokens = i, 0
-        tokens += length
-    if lengths:
-        yield range(start, len(lengths))
-
-
 @dataclass(frozen=True, slots=True)
 class GroupTokens:
     """Tokens of one question with its completions, and of the volume it is about."""
@@ -59,3 +39,17 @@ def within_budget(groups: Sequence[GroupTokens], budget: int) -> Iterator[range]
         used += cost
     if groups:
         yield range(start, len(groups))
+
+
+def attended_at_once(path: int, lengths: Sequence[int]) -> Iterator[range]:
+    """Cut siblings into runs whose attention is one call: together at most half as long as their path, or one alone.
+
+    The keys of a run are the path's and its own, of which those of the others are computed to be masked. Each run costs
+    a copy of the path's keys.
+
+    Args:
+        path: tokens before them.
+        lengths: tokens of each.
+    """
+    siblings = [GroupTokens(volume=None, shared=0, own=length) for length in lengths]
+    return within_budget(siblings, path // 2)
