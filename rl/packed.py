@@ -214,10 +214,11 @@ def sibling_masks(layout: Layout, device: torch.device) -> list[torch.Tensor | N
         if not s.path:
             masks.append(None)
             continue
-        child_T = torch.repeat_interleave(torch.tensor([layout.lengths[child] for child in s.children]))
+        lengths = torch.tensor([layout.lengths[child] for child in s.children], device=device)
+        child_T = torch.repeat_interleave(lengths)
         own = (child_T[:, None] == child_T).tril()
-        path = torch.ones(len(child_T), sum(layout.lengths[node] for node in s.path), dtype=torch.bool)
-        masks.append(torch.cat([path, own], dim=1).to(device))
+        path = own.new_ones(len(own), sum(layout.lengths[node] for node in s.path))
+        masks.append(torch.cat([path, own], dim=1))
     return masks
 
 
