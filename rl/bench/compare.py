@@ -278,8 +278,7 @@ def terms(comparison: Comparison) -> str:
     a, b = comparison.a, comparison.b
     return (
         f"{comparison.n_items:,} items of {comparison.n_patients:,} patients "
-        f"({b.split_file}{_quick(b)}, {b.question_set}, {b.reader} reader; {_decodings(a, b)}; "
-        f"{settings_words({b.name: b, a.name: a})})"
+        f"({b.test_words}; {_decodings(a, b)}; {settings_words({b.name: b, a.name: a})})"
     )
 
 
@@ -357,10 +356,6 @@ def signed(number: float) -> str:
     """`+0.012`, `−0.012` or `0.000`: three decimals, never a negative zero."""
     rounded = round(number, 3)
     return "0.000" if rounded == 0 else f"{'+' if rounded > 0 else '−'}{abs(rounded):.3f}"
-
-
-def _quick(meta: RunMeta) -> str:
-    return f", first {meta.max_examples} items only" if meta.max_examples else ""
 
 
 def _decodings(a: RunMeta, b: RunMeta) -> str:

@@ -74,11 +74,13 @@ class RunMeta:
 
     def answered(self, items: int, patients: int) -> str:
         """What every table must say: test file, question set, reader, items, patients."""
+        return f"test file {self.test_words}, {items:,} items of {patients:,} patients"
+
+    @property
+    def test_words(self) -> str:
+        """Test file, question set and reader."""
         quick = f", first {self.max_examples} items only" if self.max_examples else ""
-        return (
-            f"test file {self.split_file}{quick}, {self.question_set}, {self.reader} reader, "
-            f"{items:,} items of {patients:,} patients"
-        )
+        return f"{self.split_file}{quick}, {self.question_set}, {self.reader} reader"
 
     @property
     def question_set(self) -> str:
