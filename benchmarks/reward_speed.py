@@ -45,12 +45,14 @@ def main() -> None:
 
     parsing = best(lambda: [json.loads(text[text.index("<answer>") + 8 : -9]) for text in texts])
     print(f"json.loads of the answer alone          {len(texts) / parsing:10,.0f} /s")
+
+    def tell(name: str, seconds: float) -> None:
+        print(f"{name:40}{len(texts) / seconds:10,.0f} /s  {seconds / parsing:5.1f} x parsing")
+
     seconds = best(lambda: [common(text, example) for example, group in groups for text in group])
-    print(
-        f"{'the same rewards, nothing guarded':40}{len(texts) / seconds:10,.0f} /s  {seconds / parsing:5.1f} x parsing"
-    )
+    tell("the same rewards, nothing guarded", seconds)
     whole = best(partial(score, RewardSuite(DEFAULT), groups))
-    print(f"{'default suite':40}{len(texts) / whole:10,.0f} /s  {whole / parsing:5.1f} x parsing")
+    tell("default suite", whole)
     reading = best(
         lambda: [read_answer(text, example.question) for example, group in groups for text in group]
     )
@@ -58,10 +60,9 @@ def main() -> None:
     for component in DEFAULT:
         others = RewardSuite([c for c in DEFAULT if c is not component])
         print(f"{'  ' + component.name:40}{1 - best(partial(score, others, groups)) / whole:10.0%}")
-    tolerant = RewardSuite(DEFAULT, reader="tolerant")
-    seconds = best(partial(score, tolerant, groups))
-    print(
-        f"{'default suite, tolerant reader':40}{len(texts) / seconds:10,.0f} /s  {seconds / parsing:5.1f} x parsing"
+    tell(
+        "default suite, tolerant reader",
+        best(partial(score, RewardSuite(DEFAULT, reader="tolerant"), groups)),
     )
     if options.processes > 1:
         with get_context("spawn").Pool(options.processes) as pool:
