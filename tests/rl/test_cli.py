@@ -69,7 +69,6 @@ def test_a_blind_run_is_compared_with_the_usual_one_of_the_same_model(
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_stages_by_name_lead_from_embeddings_to_a_report(
     recipe: Words, tmp_path: Path, cli: Cli, refusal: Refusal
 ) -> None:
@@ -167,7 +166,6 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, recipe: Word
     assert not isinstance(result.exception, SystemExit)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize(("ending", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_ended_command_cleans_up_and_says_so_by_its_exit_code(

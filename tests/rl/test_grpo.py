@@ -400,7 +400,6 @@ def test_importance_correction_changes_nothing_while_engine_and_trainer_agree(
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_an_overlapped_run_trains_on_what_the_weights_before_the_last_update_said(
     make_config: Callable[..., Config], engine: Engine, accelerator: Accelerator
 ) -> None:
@@ -489,7 +488,6 @@ def test_each_step_asks_something_else_and_is_reproducible(make_trainer: MakeTra
     assert len(set(said(0))) == len(said(0))
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_validation_is_the_benchmark_on_greedy_answers_and_picks_the_adapter(
     make_config: Callable[..., Config], engine: Engine, accelerator: Accelerator

@@ -201,7 +201,7 @@ def test_an_engine_that_hangs_is_restarted(start: Callable[..., EnginePool], tmp
     (tmp_path / "hang").touch()
     began = time.monotonic()
     assert len(_ask(pool)) == 6
-    assert time.monotonic() - began < 500  # it hangs for 1000 s
+    assert time.monotonic() - began < 40
 
 
 @pytest.mark.slow

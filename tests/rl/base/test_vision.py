@@ -13,7 +13,6 @@ from rollouts.volumes import PatchSizes
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_whitened_visual_tokens_have_mean_zero_and_equal_variance_in_all_directions() -> None:
     sizes = PatchSizes(8, 2, 2)
     knees = list(make_knees(2, 0, PhantomConfig(), VolumeViewConfig(), sizes))
