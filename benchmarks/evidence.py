@@ -1,13 +1,13 @@
 """Does GRPO beat SFT on held-out phantom patients? Three seeds, two control arms, every figure as it came out.
 
-    python benchmarks/evidence.py [--config configs/demo.yaml] [--seeds 0,1,2] [--jobs 2] [--out runs/evidence]
-        [key=value ...]
+    python benchmarks/evidence.py [--config configs/evidence.yaml] [--seeds 0,1,2] [--jobs 2] [--overlapped]
+        [--out runs/evidence] [key=value ...]
 
 `--jobs` seeds are trained at once, each on its share of the cores: small models gain more from that than from threads.
 What they print goes to OUT/seed-N.log. One dataset and one embedding cache serve all seeds. For each seed: SFT until
-validation stops improving, GRPO, SFT continued for GRPO's wall-clock, SFT on the best of G samples in the same
-wall-clock, GRPO on rollouts one update old (`grpo.overlap`); then the benchmark for all arms and the baselines, and
-paired comparisons with SFT and with the baselines.
+validation stops improving, GRPO, and two control arms that take GRPO's wall-clock, SFT continued and SFT on the best of
+G samples (`reasonknee controls`); with `--overlapped` also GRPO on rollouts one update old (`grpo.overlap`). Then the
+benchmark for all arms and the baselines, and paired comparisons with SFT and with the baselines.
 Finished parts are skipped when it is run again. Writes docs/evidence.md and docs/evidence.json.
 """
 
@@ -30,17 +30,17 @@ from rl.bench.metrics import grade_run, tables
 from rl.bench.seeds import seed_summary
 from rl.config import Config, load_config
 from rl.config_check import validate
-from rl.controls import BEST_OF_G, SFT_CONTINUED, continue_sft, grpo_seconds, train_on_best_of_g
+from rl.controls import grpo_seconds
 from rl.engine import start_engine
 from rl.evaluate import evaluate
-from rl.pipeline import BASELINE, GRPO, SFT, STAGES, read_runs
+from rl.pipeline import BASELINE, BEST_OF_G, GRPO, SFT, SFT_CONTINUED, read_runs
 from rl.progress import StageProgress
-from rl.stages import run_stage
+from rl.stages import CONTROLS, STAGES, run_stage
 
-OVERLAPPED = "GRPO overlapped"
+OVERLAPPED = "GRPO-overlapped"
 PAIRS = (
-    *((SFT, GRPO), (SFT, SFT_CONTINUED), (SFT, BEST_OF_G), (SFT, OVERLAPPED), (GRPO, OVERLAPPED)),
-    *((BASELINE, SFT), (BASELINE, GRPO)),
+    *((SFT, GRPO), (SFT, SFT_CONTINUED), (SFT, BEST_OF_G), (SFT_CONTINUED, GRPO), (BEST_OF_G, GRPO)),
+    *((SFT, OVERLAPPED), (GRPO, OVERLAPPED), (BASELINE, SFT), (BASELINE, GRPO)),
 )
 ENDPOINTS = (("balanced_accuracy", "balanced accuracy"), ("iou", "mean IoU"))
 DOCS = Path(__file__).parents[1] / "docs"
@@ -50,9 +50,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
+    parser.add_argument("--config", type=Path, default=Path("configs/evidence.yaml"))
     parser.add_argument("--seeds", default="0,1,2", metavar="0,1,2")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--overlapped", action="store_true", help="an arm more: GRPO with grpo.overlap")
     parser.add_argument("--arms-only", action="store_true", help="train and evaluate, write no tables")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -68,11 +69,12 @@ def main() -> None:
         for name in ("phantom", "embed"):  # once for all
             run_stage(first, STAGES[name])
         words = [f"--config={options.config}", f"--out={options.out}", "--arms-only", *options.overrides]
+        words += ["--overlapped"] if options.overlapped else []
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(lambda seed: train_apart(seed, words, options.jobs, options.out), configs))
-    runs = {seed: arms_of_seed(config) for seed, config in configs.items()}
+    runs = {seed: arms_of_seed(config, options.overlapped) for seed, config in configs.items()}
     if not options.arms_only:
-        write_evidence(first, runs)
+        write_evidence(configs, runs)
 
 
 def train_apart(seed: int, words: list[str], jobs: int, out: Path) -> None:
@@ -91,29 +93,20 @@ def train_apart(seed: int, words: list[str], jobs: int, out: Path) -> None:
         raise SystemExit(f"seed {seed} failed; its output is in {log}")
 
 
-def arms_of_seed(config: Config) -> dict[str, BenchRun]:
+def arms_of_seed(config: Config, overlapped: bool) -> dict[str, BenchRun]:
     """Train and evaluate every arm of one seed; what is there already is kept."""
-    for name in ("phantom", "embed", "sft", "grpo", "eval"):
-        run_stage(config, STAGES[name])
-    folder = Path(config.run_dir) / "eval"
-    seconds = grpo_seconds(config)
-    with StageProgress(f"seed {config.seed}: control arms") as progress:
-        if not (folder / SFT_CONTINUED / "run.json").exists():
-            adapter = continue_sft(config, seconds)
-            _evaluate(config, SFT_CONTINUED, adapter, folder, progress)
-        if not (folder / BEST_OF_G / "run.json").exists():
-            engine = start_engine(config)
-            try:
-                adapter = train_on_best_of_g(config, engine, seconds)
-            finally:
-                engine.close()
-            _evaluate(config, BEST_OF_G, adapter, folder, progress)
-        if not (folder / OVERLAPPED / "run.json").exists():
+    stages = [STAGES[name] for name in ("phantom", "embed", "sft", "grpo")]
+    for stage in (*stages, *CONTROLS, STAGES["eval"]):
+        run_stage(config, stage)
+    runs = read_runs(config)
+    if overlapped:
+        folder = Path(config.run_dir) / "eval" / OVERLAPPED
+        if not (folder / "run.json").exists():
             behind = _overlapped(config)
             run_stage(behind, STAGES["grpo"])
-            _evaluate(config, OVERLAPPED, Path(behind.run_dir) / "grpo" / "adapter", folder, progress)
-    controls = {name: read_run(folder / name) for name in (SFT_CONTINUED, BEST_OF_G, OVERLAPPED)}
-    return {**read_runs(config), **controls}
+            _evaluate(config, OVERLAPPED, Path(behind.run_dir) / "grpo" / "adapter", folder)
+        runs[OVERLAPPED] = read_run(folder)
+    return runs
 
 
 def _overlapped(config: Config) -> Config:
@@ -125,27 +118,22 @@ def _overlapped(config: Config) -> Config:
     return behind
 
 
-def _evaluate(config: Config, name: str, adapter: Path, folder: Path, progress: StageProgress) -> None:
+def _evaluate(config: Config, name: str, adapter: Path, folder: Path) -> None:
     engine = start_engine(deepcopy(config))
     try:
-        evaluate(
-            config,
-            engine,
-            name,
-            adapter,
-            folder / name,
-            lambda done, total: progress.update(done, total, name),
-        )
+        with StageProgress(name) as progress:
+            evaluate(config, engine, name, adapter, folder, progress.update)
     finally:
         engine.close()
 
 
-def write_evidence(config: Config, runs: Mapping[int, Mapping[str, BenchRun]]) -> None:
+def write_evidence(configs: Mapping[int, Config], runs: Mapping[int, Mapping[str, BenchRun]]) -> None:
     """The tables and their numbers."""
     comparisons = {
-        (seed, a, b): compare(arms[a], arms[b], config.compare, seed=0)
+        (seed, a, b): compare(arms[a], arms[b], configs[seed].compare, seed=0)
         for seed, arms in runs.items()
         for a, b in PAIRS
+        if a in arms and b in arms
     }
     first = next(iter(comparisons.values()))
     lines = [
@@ -157,6 +145,7 @@ def write_evidence(config: Config, runs: Mapping[int, Mapping[str, BenchRun]]) -
         f"{first.n_items:,} items of {first.n_patients} held-out patients ({first.b.split_file}, "
         f"{first.b.question_set}, {first.b.reader} reader, {first.b.decoding_words}).",
         "",
+        *_training(configs),
         *_levels(runs),
         *_differences(comparisons),
         *_over_seeds(comparisons),
@@ -166,6 +155,24 @@ def write_evidence(config: Config, runs: Mapping[int, Mapping[str, BenchRun]]) -
     figures = [_figures(key, comparison) for key, comparison in comparisons.items()]
     (DOCS / "evidence.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print("\n".join(lines))
+
+
+def _training(configs: Mapping[int, Config]) -> list[str]:
+    rows = [
+        "## Training",
+        "",
+        "Validation loss of SFT after each epoch, the best in bold; minutes of GRPO's steps, which the control arms had"
+        " too.",
+        "",
+        "| seed | SFT, validation loss | GRPO, minutes |",
+        "|---|---|---|",
+    ]
+    for seed, config in configs.items():
+        lines = (Path(config.run_dir) / "sft" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        losses = [r["val_loss"] for r in map(json.loads, lines) if "val_loss" in r]
+        words = [f"**{loss:.4f}**" if loss == min(losses) else f"{loss:.4f}" for loss in losses]
+        rows.append(f"| {seed} | {' '.join(words)} | {grpo_seconds(config) / 60:.1f} |")
+    return [*rows, ""]
 
 
 def _levels(runs: Mapping[int, Mapping[str, BenchRun]]) -> list[str]:

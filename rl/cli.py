@@ -28,6 +28,7 @@ from rl.rewards_cli import app as rewards_app
 if TYPE_CHECKING:
     from rl.bench.answers import BenchRun
     from rl.config import Config
+    from rl.stages import Stage
 
 FAILED, INTERRUPTED, TERMINATED = 1, 130, 143
 
@@ -139,6 +140,19 @@ def sft(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None, again:
 def grpo(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None, again: Again = False) -> None:
     """GRPO from the SFT adapter, in one process; goes on if interrupted. `launch` runs the same job under Ray."""
     _stage("grpo", config, overrides, again)
+
+
+@app.command()
+def controls(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None, again: Again = False) -> None:
+    """What else GRPO's wall-clock could buy: SFT continued, and SFT on the best of G samples of the SFT policy.
+
+    For a run whose GRPO has finished; `eval` and `compare` take both up beside SFT and GRPO.
+    """
+    loaded = _load(config, overrides)
+    from rl.stages import CONTROLS
+
+    for stage in CONTROLS:
+        _run(loaded, stage, again=again)
 
 
 @app.command(name="eval")
@@ -300,14 +314,19 @@ def _stage(
 ) -> Config:
     """Run one stage; `compared` names the arms of `compare`."""
     loaded = _load(config, overrides, needs_model=name != "phantom")
-    from rl.stages import comparison_of, run_stage, stage_of
+    from rl.stages import comparison_of, stage_of
 
-    stage = comparison_of(*compared) if compared else stage_of(loaded, name)
-    if run_stage(loaded, stage, again=again, skip=not stage.looks_itself) is None:
+    _run(loaded, comparison_of(*compared) if compared else stage_of(loaded, name), again=again)
+    return loaded
+
+
+def _run(config: Config, stage: Stage, *, again: bool) -> None:
+    from rl.stages import run_stage
+
+    if run_stage(config, stage, again=again, skip=not stage.looks_itself) is None:
         Console(highlight=False).print(
             f"{stage.title}: nothing has changed since it finished; skipped (--again)"
         )
-    return loaded
 
 
 def _print_runs(runs: Mapping[str, BenchRun]) -> None:

@@ -145,6 +145,8 @@ class SFTConfig:
     init_adapter: str = ""
     """Adapter folder to start from; empty: a fresh adapter."""
     learning_rate: float = 2e-4
+    lr_scheduler_type: str = "constant_with_warmup"
+    """Rate after the warm-up: constant_with_warmup | linear (falls to 0 at the end of `max_epochs`)."""
     max_epochs: int = 20
     """Upper bound; training stops earlier by `patience`."""
     patience: int = 3
@@ -163,8 +165,6 @@ class SFTConfig:
     max_grad_norm: float = 1.0
     balance: bool = True
     """Draw prompts so that the grades of an attribute are equally frequent (the same sampler as GRPO's)."""
-    max_seconds: float = 0.0
-    """Stop after this many seconds of training; 0 for no limit (used by the wall-clock control arm)."""
 
 
 @dataclass
@@ -182,6 +182,8 @@ class GRPOConfig:
     questions_per_volume: int = 4
     """Questions per volume and step."""
     learning_rate: float = 1e-4
+    lr_scheduler_type: str = "constant_with_warmup"
+    """Rate after the warm-up: constant_with_warmup | linear (falls to 0 at the last step)."""
     warmup_steps: int = 2
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0

@@ -33,6 +33,8 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "rewards.on_error": ("raise", "score_none"),
     "grpo.loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo"),
     "grpo.importance_sampling_level": ("token", "sequence"),
+    "sft.lr_scheduler_type": ("constant_with_warmup", "linear"),
+    "grpo.lr_scheduler_type": ("constant_with_warmup", "linear"),
     "grpo.scale_rewards": ("group", "batch", "none"),
     "grpo.credit": ("completion", "part"),
     "grpo.multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
@@ -47,7 +49,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 MAY_BE_ZERO = frozenset(
     {
         *("seed", "phantom.seed", "base.seed", "view.window_low", "model.lora.dropout"),
-        *("sft.steps_per_epoch", "sft.warmup_ratio", "sft.weight_decay", "sft.max_seconds"),
+        *("sft.steps_per_epoch", "sft.warmup_ratio", "sft.weight_decay"),
         *("grpo.beta", "grpo.epsilon", "grpo.epsilon_high", "grpo.delta", "grpo.resample_rounds"),
         *("grpo.warmup_steps", "grpo.weight_decay", "grpo.eval_steps"),
         *("eval.temperature", "eval.max_examples"),
@@ -62,7 +64,7 @@ PROMPT_TEXT_TOKENS = 384
 
 QUESTION_IDS = range(1, 70)
 
-OWN_RUNS = ("baseline", "prior", "base", "SFT", "GRPO")
+OWN_RUNS = ("baseline", "prior", "base", "SFT", "GRPO", "SFT-continued", "SFT-best-of-G")
 """Names of the runs `eval` makes of the baselines and of the models of a run, in the order of the tables."""
 
 

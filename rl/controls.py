@@ -1,79 +1,103 @@
 """Control arms: what else the time GRPO took could have been spent on.
 
-- SFT continued: the SFT adapter trained on for GRPO's wall-clock.
-- Best of G: G completions of the SFT policy for the prompts GRPO would have drawn, the best of each kept, and the SFT
-  adapter trained on those for the time that is left (rejection sampling fine-tuning, arXiv 2304.06767).
+- SFT-continued: the SFT adapter trained on, with SFT's own settings.
+- SFT-best-of-G: G completions of the SFT policy for the prompts GRPO drew, the best of each kept, and the SFT adapter
+  trained on those for the time that is left (rejection sampling fine-tuning, arXiv 2304.06767).
+
+Both take the wall-clock of the GRPO run's steps, in one process each. It is counted in optimizer steps, at the seconds
+a step took in SFT, so that the schedule of the learning rate comes to its end.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
+from rewards.boxes import Box3D
 from rewards.reading import format_answer
-from rewards.suite import RewardSuite
+from rewards.suite import RewardRow, RewardSuite
+from rewards.types import Answer, Example
 from rl.choices import reasoning_of
 from rl.config import Config
+from rl.data.boxes import Convention, box_to_text, parse_convention
+from rl.engine import start_engine
 from rl.sft import train_sft
 from rl.task import Task
-from rl.training import write_atomically
+from rl.training import OnMetrics, write_atomically
 from rollouts.prompts import question_text
 from rollouts.requests import group_seed
 from rollouts.types import Engine, Sampling
 
-SFT_CONTINUED, BEST_OF_G = "SFT continued", "SFT on best of G"
+VALIDATIONS = 10
+"""How often a control arm looks at the validation loss; the best adapter is kept."""
 
 
 def grpo_seconds(config: Config) -> float:
-    """Wall-clock of the GRPO run's steps, validation left out (as in `sft.max_seconds`)."""
-    lines = (Path(config.run_dir) / "grpo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return sum(json.loads(line).get("seconds", 0.0) for line in lines)
+    """Wall-clock of the GRPO run's steps, validation left out."""
+    return sum(record.get("seconds", 0.0) for record in _metrics(config, "grpo"))
 
 
-def continue_sft(config: Config, seconds: float, stage: str = "sft-continued") -> Path:
-    """Train the SFT adapter on for `seconds`, without early stopping. Returns the best adapter by validation loss."""
-    longer = deepcopy(config)
-    longer.sft.init_adapter = str(Path(config.run_dir) / "sft" / "adapter")
-    longer.sft.max_seconds = seconds
-    longer.sft.max_epochs = longer.sft.patience = 1_000_000
-    longer.sft.warmup_ratio = 0.0
-    return train_sft(longer, stage=stage)
+def continue_sft(config: Config, on_metrics: OnMetrics) -> Path:
+    """Train the SFT adapter on. Returns the best adapter by validation loss."""
+    return _train_on(config, grpo_seconds(config), "sft-continued", on_metrics)
 
 
-def train_on_best_of_g(
-    config: Config,
-    engine: Engine,
-    seconds: float,
-    on_step: Callable[[int, int], None] = lambda done, total: None,
-) -> Path:
-    """Sample, keep the best, train on it; sampling and training together take `seconds`. Returns the adapter."""
-    started = time.monotonic()
-    name = f"best_of_{config.grpo.num_generations}_seed{config.seed}.json"
-    items = best_of_g(config, engine, on_step)
-    write_atomically(Path(config.data.root) / "generate_data" / name, json.dumps(items))
+def train_on_best_of_g(config: Config, on_metrics: OnMetrics) -> Path:
+    """Sample, keep the best, train on it. Returns the best adapter by validation loss."""
+    stage = "sft-best-of-g"
+    items, seconds = _sampled(config, Path(config.run_dir).absolute() / stage, on_metrics)
     chosen = deepcopy(config)
-    chosen.data.train_file = name
-    left = max(1.0, seconds - (time.monotonic() - started))  # 0 would mean no limit
-    return continue_sft(chosen, left, stage="sft-best-of-g")
+    chosen.data.train_file = str(items)
+    chosen.data.box_source = "text"  # the sampled boxes, and the validation file's own
+    return _train_on(chosen, grpo_seconds(config) - seconds, stage, on_metrics)
+
+
+def _train_on(config: Config, seconds: float, stage: str, on_metrics: OnMetrics) -> Path:
+    """As many steps from the SFT adapter as SFT made in `seconds`, at least one."""
+    last = [record for record in _metrics(config, "sft") if "seconds" in record][-1]
+    steps = max(1, round(seconds * last["step"] / last["seconds"]))
+    longer = deepcopy(config)
+    sft = longer.sft
+    sft.init_adapter = str(Path(config.run_dir) / "sft" / "adapter")
+    sft.max_epochs = sft.patience = min(VALIDATIONS, steps)
+    sft.steps_per_epoch = math.ceil(steps / sft.max_epochs)
+    return train_sft(longer, on_metrics, stage)
+
+
+def _sampled(config: Config, folder: Path, on_metrics: OnMetrics) -> tuple[Path, float]:
+    """The file of `best_of_g` and the seconds it took, which are not spent again when a run goes on."""
+    items, record = folder / "best_of_g.json", folder / "sampling.json"
+    if not record.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        engine = start_engine(config)
+        try:
+            engine.load_adapter(Path(config.run_dir) / "sft" / "adapter")
+            started = time.monotonic()
+            write_atomically(items, json.dumps(best_of_g(config, engine, on_metrics)))
+        finally:
+            engine.close()
+        write_atomically(record, json.dumps({"seconds": time.monotonic() - started}))
+    return items, json.loads(record.read_text(encoding="utf-8"))["seconds"]
 
 
 def best_of_g(
-    config: Config, engine: Engine, on_step: Callable[[int, int], None] = lambda done, total: None
+    config: Config, engine: Engine, on_metrics: OnMetrics = lambda record: None
 ) -> list[dict[str, str]]:
-    """The best of G completions for each prompt GRPO would draw, as items of the dataset's own form.
+    """The best of G completions of the engine's adapter for each prompt GRPO draws, as items of the dataset's own form.
 
-    Completions that cannot be read whole are no candidates; a question none of whose completions can be is left out.
+    No candidates are completions that cannot be read whole, or whose box leaves the volume; a question without any is
+    left out.
     """
     grpo = config.grpo
     task = Task(config, "train")
     suite = RewardSuite.from_config(config.rewards, reasoning=reasoning_of(config))
     sampler = task.sampler(config.seed, balance=grpo.balance)
     sampling = Sampling(temperature=grpo.temperature, max_tokens=grpo.max_completion_length)
-    engine.load_adapter(Path(config.run_dir) / "sft" / "adapter")
-    best: dict[int, tuple[float, dict[str, str]]] = {}
+    best: dict[int, RewardRow] = {}
     for step in range(grpo.max_steps):
         drawn = sampler.draw(step, grpo.volumes_per_step, grpo.questions_per_volume)
         indices = [i for questions in drawn for i in questions]
@@ -83,15 +107,28 @@ def best_of_g(
         for i, group in zip(indices, groups, strict=True):
             example = task.examples[i]
             for row in suite.score_group(example, [r.text for r in group.rollouts]):
-                answer = row.answer
-                if answer.ok and (i not in best or row.total > best[i][0]):
-                    diagnosis = format_answer(example.question, answer.grades, answer.bbox)
-                    item = {
-                        "image": str(Path(example.volume.image_path).relative_to(task.examples.root)),
-                        "prompt": question_text(example.question),
-                        "answer": answer.reasoning,
-                        "final_diagnosis": diagnosis,
-                    }
-                    best[i] = (row.total, item)
-        on_step(step + 1, grpo.max_steps)
-    return [item for _, item in best.values()]
+                box = row.answer.bbox
+                fits = row.answer.ok and (box is None or box.inside(example.volume.shape))
+                if fits and (i not in best or row.total > best[i].total):
+                    best[i] = row
+        on_metrics({"step": step + 1, "steps": grpo.max_steps})
+    convention = parse_convention(config.data.box_convention)
+    return [as_item(task.examples[i], row.answer, task.examples.root, convention) for i, row in best.items()]
+
+
+def as_item(example: Example, answer: Answer, root: Path, convention: Convention) -> dict[str, str]:
+    """An answer as the dataset would write it as the truth: its box follows the dataset's convention."""
+    box = answer.bbox
+    if box is not None:
+        box = Box3D.from_text(box_to_text(box, example.volume.shape, convention))
+    return {
+        "image": str(Path(example.volume.image_path).relative_to(root)),
+        "prompt": question_text(example.question),
+        "answer": answer.reasoning,
+        "final_diagnosis": format_answer(example.question, answer.grades, box),
+    }
+
+
+def _metrics(config: Config, stage: str) -> list[dict[str, Any]]:
+    lines = (Path(config.run_dir) / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]

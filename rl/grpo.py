@@ -55,8 +55,8 @@ from rl.training import (
     last_checkpoint,
     load_optimizer,
     make_optimizer,
+    make_schedule,
     save_checkpoint,
-    warmup_then_constant,
     write_atomically,
 )
 from rl.validation import Best, Validation
@@ -122,7 +122,12 @@ class GRPOTrainer:
         self.optimizer = make_optimizer(
             trainable(self.policy), self.settings.learning_rate, self.settings.weight_decay
         )
-        self.schedule = warmup_then_constant(self.optimizer, self.settings.warmup_steps)
+        self.schedule = make_schedule(
+            self.optimizer,
+            self.settings.lr_scheduler_type,
+            self.settings.warmup_steps,
+            self.settings.max_steps,
+        )
         state = load_optimizer(checkpoint, self.optimizer, self.schedule) if checkpoint else {}
         self.first_step = int(state.get("step", 0))
         self.scorer.schedules.set(state.get("schedules", {}))

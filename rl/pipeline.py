@@ -21,6 +21,7 @@ from rl.bench.report import write_report
 from rl.compared import own_folders, runs_to_compare
 from rl.config import Config, ConfigError
 from rl.config_check import OWN_RUNS
+from rl.controls import continue_sft, train_on_best_of_g
 from rl.data.boxes import parse_convention
 from rl.data.check import require_best_convention
 from rl.data.examples import load_examples
@@ -35,6 +36,7 @@ from rl.model import resolve_model
 from rl.progress import StageProgress
 from rl.sft import train_sft
 from rl.stages import (
+    CONTROLS,
     STAGES,
     eval_folder,
     move_aside,
@@ -50,9 +52,9 @@ from rollouts.embed import embed_examples
 from rollouts.types import Engine
 from rollouts.vision import VisionTower
 
-__all__ = ["BASE", "BASELINE", "GRPO", "SFT", "STAGES"]
+__all__ = ["BASE", "BASELINE", "BEST_OF_G", "CONTROLS", "GRPO", "SFT", "SFT_CONTINUED", "STAGES"]
 
-BASELINE, PRIOR, BASE, SFT, GRPO = OWN_RUNS
+BASELINE, PRIOR, BASE, SFT, GRPO, SFT_CONTINUED, BEST_OF_G = OWN_RUNS
 
 
 def run_phantom(config: Config, progress: StageProgress) -> str:
@@ -92,16 +94,18 @@ def run_embed(config: Config, progress: StageProgress) -> str:
 def run_sft(config: Config, progress: StageProgress) -> str:
     """LoRA SFT from the base."""
     require_best_convention(config)
+    return _sft_summary(train_sft(config, lambda record: _show_sft(record, progress)))
 
-    def show(record: dict[str, float]) -> None:
-        if "val_loss" in record:
-            progress.log(f"epoch {record['epoch']:.0f}: validation loss {record['val_loss']:.4f}")
-        else:
-            progress.update(
-                int(record["step"]), int(record["steps"]), f"steps at most, loss {record['loss']:.3f}"
-            )
 
-    adapter = train_sft(config, show)
+def _show_sft(record: dict[str, float], progress: StageProgress) -> None:
+    if "val_loss" in record:
+        progress.log(f"epoch {record['epoch']:.0f}: validation loss {record['val_loss']:.4f}")
+    else:
+        note = f"steps at most, loss {record['loss']:.3f}" if "loss" in record else "steps sampled"
+        progress.update(int(record["step"]), int(record["steps"]), note)
+
+
+def _sft_summary(adapter: Path) -> str:
     summary = json.loads((adapter.parent / "summary.json").read_text(encoding="utf-8"))
     return (
         f"validation loss {summary['best_loss']:.4f} after epoch {summary['best_epoch']} of {summary['epoch']}; "
@@ -152,8 +156,20 @@ def show_grpo(record: dict[str, float], progress: StageProgress) -> None:
     progress.update(int(record["step"]), int(record["steps"]), note)
 
 
+def run_sft_continued(config: Config, progress: StageProgress) -> str:
+    """A control arm: SFT for the time that GRPO took."""
+    require_finished(config, "grpo", "run `reasonknee grpo` to let it go on")
+    return _sft_summary(continue_sft(config, lambda record: _show_sft(record, progress)))
+
+
+def run_sft_best_of_g(config: Config, progress: StageProgress) -> str:
+    """A control arm: SFT on the best of G samples, for the time that GRPO took."""
+    require_finished(config, "grpo", "run `reasonknee grpo` to let it go on")
+    return _sft_summary(train_on_best_of_g(config, lambda record: _show_sft(record, progress)))
+
+
 def run_eval(config: Config, progress: StageProgress) -> str:
-    """The benchmark for base, SFT and GRPO (those that exist), in the usual setting next to the baselines."""
+    """The benchmark for base, SFT, GRPO and the control arms, as far as they exist; beside the baselines if usual."""
     made = [] if setting_of(config) else [*evaluate_baselines(config, Path(config.run_dir) / "eval")]
     adapters: dict[str, Path | None] = {BASE: None, **trained_adapters(config)}
     folders = {eval_folder(config, name): adapter for name, adapter in adapters.items()}

@@ -27,8 +27,8 @@ from rl.training import (
     last_checkpoint,
     load_optimizer,
     make_optimizer,
+    make_schedule,
     save_checkpoint,
-    warmup_then_constant,
     write_atomically,
 )
 from rollouts.requests import group_seed
@@ -80,8 +80,9 @@ class SFTTrainer:
         )
         per_step = self.settings.volumes_per_step * self.settings.questions_per_volume
         self.epoch_steps = self.settings.steps_per_epoch or max(1, len(self.train.examples) // per_step)
-        warmup = round(self.settings.warmup_ratio * self.epoch_steps * self.settings.max_epochs)
-        self.schedule = warmup_then_constant(self.optimizer, warmup)
+        steps = self.epoch_steps * self.settings.max_epochs
+        warmup = round(self.settings.warmup_ratio * steps)
+        self.schedule = make_schedule(self.optimizer, self.settings.lr_scheduler_type, warmup, steps)
         self.progress = Progress()
         if checkpoint:
             state = load_optimizer(checkpoint, self.optimizer, self.schedule)
@@ -89,13 +90,9 @@ class SFTTrainer:
         self.run.keep_metrics_until(self.progress.epoch * self.epoch_steps)
 
     def finished(self) -> bool:
-        """Out of epochs, time or patience."""
-        settings, progress = self.settings, self.progress
-        return (
-            progress.epoch >= settings.max_epochs
-            or self._out_of_time()
-            or progress.epoch - progress.best_epoch >= settings.patience
-        )
+        """Out of epochs or patience."""
+        epoch, settings = self.progress.epoch, self.settings
+        return epoch >= settings.max_epochs or epoch - self.progress.best_epoch >= settings.patience
 
     def epoch(self) -> None:
         """Train for an epoch, validate, keep the adapter if it is the best, checkpoint."""
@@ -111,8 +108,6 @@ class SFTTrainer:
             loss = self._step(volumes)
             progress.seconds += time.perf_counter() - started
             self._log({"step": step + 1, "loss": loss, "lr": lr, "seconds": progress.seconds})
-            if self._out_of_time():
-                break
         progress.epoch += 1
         val_loss = mean_loss(self.policy, self.val, self.validation)
         self._log({"step": step + 1, "epoch": progress.epoch, "val_loss": val_loss})
@@ -148,9 +143,6 @@ class SFTTrainer:
         self.optimizer.step()
         self.schedule.step()
         return total / tokens
-
-    def _out_of_time(self) -> bool:
-        return bool(self.settings.max_seconds) and self.progress.seconds >= self.settings.max_seconds
 
     def _log(self, record: dict[str, float]) -> None:
         self.run.log(record)

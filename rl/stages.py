@@ -163,7 +163,9 @@ def _refusal(stage: Stage, former: Sequence[Path], changes: Sequence[str]) -> st
 
 
 def _function(name: str) -> Callable[..., str]:
-    function: Callable[..., str] = getattr(importlib.import_module("rl.pipeline"), f"run_{name}")
+    function: Callable[..., str] = getattr(
+        importlib.import_module("rl.pipeline"), f"run_{name.replace('-', '_')}"
+    )
     return function
 
 
@@ -242,6 +244,12 @@ def _grpo_inputs(config: Config) -> Inputs:
     return Inputs(inputs.settings(config, *chosen), files)
 
 
+def _control_inputs(config: Config) -> Inputs:
+    begun, trained = _sft_inputs(config), _grpo_inputs(config)
+    adapter = inputs.adapter_files(Path(config.run_dir) / "grpo" / "adapter", "the GRPO adapter")
+    return Inputs(begun.settings | trained.settings, begun.files | trained.files | adapter)
+
+
 def eval_inputs(config: Config, adapters: Mapping[str, Path]) -> Inputs:
     """What the benchmark of the base and of models with these adapters depends on."""
     files = inputs.dataset(config, ("train", split_of(config)))
@@ -272,7 +280,8 @@ def eval_folder(config: Config, name: str) -> Path:
 
 def trained_adapters(config: Config) -> dict[str, Path]:
     """The adapters of a run that exist, by the name of their run in the benchmark."""
-    folders = {name: Path(config.run_dir) / name.lower() / "adapter" for name in ("SFT", "GRPO")}
+    names = ("SFT", "GRPO", "SFT-continued", "SFT-best-of-G")
+    folders = {name: Path(config.run_dir) / name.lower() / "adapter" for name in names}
     return {name: folder for name, folder in folders.items() if folder.is_dir()}
 
 
@@ -356,3 +365,9 @@ STAGES = {
     )
 }
 """Every stage of the demo, in order. `base` is not among them: its result ships with the package."""
+
+CONTROLS = [
+    Stage(name, title, _control_inputs, _in_run(name), costly=True, kept_when_again=True)
+    for name, title in (("sft-continued", "SFT continued"), ("sft-best-of-g", "SFT on the best of G"))
+]
+"""What else the time of a GRPO run could have been spent on; `eval` and the tables take them up where they exist."""

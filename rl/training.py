@@ -41,9 +41,19 @@ def make_optimizer(
     return AdamW(list(parameters), lr=learning_rate, weight_decay=weight_decay)
 
 
-def warmup_then_constant(optimizer: Optimizer, warmup_steps: int) -> LambdaLR:
-    """Linear warm-up, then a constant rate: the length of a run need not be known in advance."""
-    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(warmup_steps, 1)))
+def make_schedule(optimizer: Optimizer, kind: str, warmup_steps: int, steps: int) -> LambdaLR:
+    """Linear warm-up to the optimizer's rate; then it stays ("constant_with_warmup") or falls to 0 at `steps`
+    ("linear").
+
+    As in transformers' `get_scheduler`, but the first step has a rate above 0 already: a run of GRPO has few.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        return 1.0 if kind == "constant_with_warmup" else max(0.0, (steps - step) / (steps - warmup_steps))
+
+    return LambdaLR(optimizer, factor)
 
 
 def clip_gradients(

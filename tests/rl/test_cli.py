@@ -18,7 +18,7 @@ Cli = Callable[..., Result]
 Refusal = Callable[..., str]
 Words = list[str | Path]
 
-STAGES = ("phantom", "base", "embed", "sft", "grpo", "eval", "compare")
+STAGES = ("phantom", "base", "embed", "sft", "grpo", "controls", "eval", "compare")
 
 
 @pytest.fixture

@@ -90,15 +90,6 @@ def test_training_lowers_the_validation_loss(make_config: Callable[..., Config])
     assert losses == sorted(losses, reverse=True)
 
 
-def test_time_ends_a_run_and_what_was_learnt_is_validated_and_kept(
-    make_config: Callable[..., Config],
-) -> None:
-    config = make_config("sft.max_seconds=1e-6", "sft.steps_per_epoch=50")
-    adapter = train_sft(config)
-    assert [("loss" in r, "val_loss" in r) for r in records(adapter.parent)] == [(True, False), (False, True)]
-    assert adapter.is_dir()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("killed_at", [1, 3])
 def test_a_killed_and_restarted_run_is_the_uninterrupted_one(

@@ -20,21 +20,31 @@ from rl.training import (
     last_checkpoint,
     load_optimizer,
     make_optimizer,
+    make_schedule,
     save_checkpoint,
-    warmup_then_constant,
     write_atomically,
 )
 
 
-def test_the_rate_rises_and_then_stays() -> None:
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("constant_with_warmup", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]),
+    ],
+)
+def test_the_rate_rises_and_then_stays_or_falls_to_nothing_after_the_last_step(
+    kind: str, expected: list[float]
+) -> None:
     optimizer = make_optimizer([nn.Parameter(torch.zeros(1))], 1.0, 0.0)
-    schedule = warmup_then_constant(optimizer, 4)
+    schedule = make_schedule(optimizer, kind, 4, 8)
     rates = []
-    for _ in range(6):
+    for _ in range(8):
         rates.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert rates == expected
+    assert schedule.get_last_lr()[0] == (0.0 if kind == "linear" else 1.0)
 
 
 def test_gradients_are_clipped_and_their_norm_returned() -> None:
@@ -63,7 +73,7 @@ def _trained_twice(config: Config) -> tuple[nn.Module, torch.optim.Optimizer, La
     policy = load_policy(config)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = make_optimizer(trained, 1e-2, 0.1)
-    schedule = warmup_then_constant(optimizer, 3)
+    schedule = make_schedule(optimizer, "linear", 3, 9)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
         for p in trained:
@@ -80,7 +90,7 @@ def test_a_checkpoint_brings_back_optimizer_and_schedule_exactly(config: Config,
 
     again = load_policy(config, folder / "adapter")
     restored = make_optimizer([p for p in again.parameters() if p.requires_grad], 1.0, 0.0)
-    restored_schedule = warmup_then_constant(restored, 3)
+    restored_schedule = make_schedule(restored, "linear", 3, 9)
     state = load_optimizer(folder, restored, restored_schedule)
     assert (state["step"], state["best"]) == (2, 0.5)
     assert restored_schedule.state_dict() == schedule.state_dict()
