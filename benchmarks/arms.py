@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from rl.heap import keep_freed_memory
+
 Answer = Callable[..., Any]
 
 
@@ -53,6 +55,7 @@ class Arm:
 
 
 def _serve(connection: Connection, make: Callable[..., Answer], args: tuple[Any, ...]) -> None:
+    keep_freed_memory()  # as our trainer does; without it, arms with larger tensors would look worse than they are
     answer = make(*args)
     gc.collect()
     resting = psutil.Process().memory_info().rss

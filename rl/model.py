@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForCo
 from rl.config import Config, ConfigError
 from rl.environment import pick_attention, pick_device, pick_dtype
 from rl.errors import staged_folder
+from rl.heap import keep_freed_memory
 from rl.packed import PackedPolicy
 from rollouts.adapters import check_adapter, linear_shapes
 
@@ -62,6 +63,8 @@ def load_policy(
     """
     device = pick_device(config.model.device)
     attention = pick_attention(config.model.attention, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     base = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         resolve_model(config.model.path), dtype=pick_dtype(config.model.dtype, device)
     )
