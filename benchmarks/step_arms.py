@@ -190,23 +190,24 @@ def tree_flops(model: PeftModel, work: Work) -> float:
     """Floating-point operations of the packed step: what is masked is not counted, nor is anything twice.
 
     The base is frozen: a weight costs 2 forward and 2 backward for each token, an adapter's weight 6. A pair of
-    attending tokens costs 4 d forward and 8 d backward for each head.
+    attending tokens costs 4 d forward and 8 d backward for each head. Of the last layer, the volume's tokens need keys
+    and values alone.
     """
     text = model.get_base_model().config.text_config
-    layers = [
-        (name, p.numel())
-        for name, p in model.named_parameters()
-        if "language_model.layers" in name and p.dim() == 2
-    ]
-    adapter = sum(n for name, n in layers if "lora_" in name)
-    base = sum(n for name, n in layers if "lora_" not in name)
+    last_mlp = f"layers.{text.num_hidden_layers - 1}.mlp."
+    weight = left_out = 0
+    for name, p in model.named_parameters():
+        if "language_model.layers" in name and p.dim() == 2:
+            cost = (6 if "lora_" in name else 4) * p.numel()
+            weight += cost
+            left_out += cost if last_mlp in name else 0
     volume, q, t = len(work.volume_ids), QUESTION_TOKENS, work.completion_tokens
     n = work.questions * work.generations
     tokens = volume + work.questions * q + n * t
     pairs = _causal(0, volume) + work.questions * _causal(volume, q) + n * _causal(volume + q, t)
-    attention = 12 * text.num_hidden_layers * text.hidden_size * pairs
+    attention = 12 * text.hidden_size * (text.num_hidden_layers * pairs - _causal(0, volume))
     head = 4 * text.hidden_size * text.vocab_size * n * t
-    return float((4 * base + 6 * adapter) * tokens + attention + head)
+    return float(weight * tokens - left_out * volume + attention + head)
 
 
 def _causal(ancestors: int, own: int) -> int:

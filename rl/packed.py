@@ -13,6 +13,9 @@ node's path [A], once, followed by the same T tokens, each masked but for its ow
 its own ancestors and its own past only, at the rotary position it would have if it stood alone, so log-probabilities
 and gradients equal those of one padded row per completion. Children with too many tokens for that attend in several
 runs (`rl.microbatch.attended_at_once`). `rl.flex` attends in one call instead.
+
+No completion is predicted from a volume's own tokens: of the last layer they need keys and values alone, so that their
+queries attend to nothing there, and the MLP leaves them out.
 """
 
 from __future__ import annotations
@@ -67,6 +70,8 @@ class Layout:
     lengths: tuple[int, ...]
     siblings: tuple[Siblings, ...]
     """In the order of the row, each a stretch of it."""
+    unread: int
+    """Tokens at the beginning of the row, those of all roots, from which nothing is predicted; 0: some root is read."""
 
     @property
     def parents(self) -> list[int]:
@@ -117,7 +122,8 @@ def pack(roots: Sequence[Node], visual_token_id: int) -> PackedBatch:
     """
     builder = _Builder(visual_token_id)
     builder.add_siblings(list(roots), path=[], next_position=0)
-    return builder.finish()
+    read = any(child.scored for root in roots for child in root.children)
+    return builder.finish(unread=0 if read else sum(len(root.token_ids) for root in roots))
 
 
 @dataclass(frozen=True)
@@ -179,7 +185,7 @@ class _Builder:
         self.positions.append(positions)
         return _Placed(len(self.lengths) - 1, span, int(positions.max()) + 1)
 
-    def finish(self) -> PackedBatch:
+    def finish(self, unread: int) -> PackedBatch:
         ids = torch.tensor(self.ids, dtype=torch.long)
         longest = max((len(span) for _, span in self.completions), default=0)
         shape = (len(self.completions), longest)
@@ -197,7 +203,7 @@ class _Builder:
             positions_3_L=torch.cat(self.positions, dim=1),
             features_V_H=torch.cat(self.features) if self.features else None,
             visual_V=torch.tensor(self.visual, dtype=torch.long),
-            layout=Layout(tuple(self.lengths), tuple(self.siblings)),
+            layout=Layout(tuple(self.lengths), tuple(self.siblings), unread),
             predictors_N_T=predictors,
             targets_N_T=targets,
             mask_N_T=mask,
@@ -243,11 +249,15 @@ def packed_tree_attention(
         [1, L, heads, d], as transformers' attention functions return it.
     """
     repeats = query.shape[1] // key.shape[1]
+    is_last = module.layer_idx == module.config.num_hidden_layers - 1
     # one split, because its backward is one concatenation; slicing would write a row of zeros per slice
     q_runs = query.split([sum(layout.lengths[child] for child in s.children) for s in layout.siblings], dim=2)
     k_nodes, v_nodes = (x.split(layout.lengths, dim=2) for x in (key, value))
     outputs = []
     for s, mask_T_AT, q in zip(layout.siblings, attention_mask, q_runs, strict=True):
+        if is_last and layout.unread and not s.path:
+            outputs.append(torch.zeros_like(q))
+            continue
         k, v = (
             repeat_kv(torch.cat([nodes[i] for i in (*s.path, *s.children)], dim=2), repeats)
             for nodes in (k_nodes, v_nodes)
@@ -261,6 +271,24 @@ def packed_tree_attention(
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTIONS["sdpa"], packed_tree_attention)
 ALL_ATTENTION_FUNCTIONS.register(ATTENTIONS["flex"], flex_tree_attention)
+
+
+def _leave_unread_out(layer: Any) -> None:
+    """Let the MLP of the last decoder layer pass over what nothing is predicted from; once for a model.
+
+    By hooks, which keep the names of the weights. The layer itself is told the layout each time it is computed, also by
+    the second forward of gradient checkpointing.
+    """
+    if hasattr(layer, "unread"):
+        return
+    layer.unread = 0
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layer.unread = kwargs["layout"].unread if "layout" in kwargs else 0
+
+    layer.register_forward_pre_hook(note, with_kwargs=True)
+    layer.mlp.register_forward_pre_hook(lambda _, args: (args[0][:, layer.unread :],))
+    layer.mlp.register_forward_hook(lambda _, args, out: F.pad(out, (0, 0, layer.unread, 0)))
 
 
 class PackedPolicy(nn.Module):
@@ -278,6 +306,7 @@ class PackedPolicy(nn.Module):
         self.model: Any = model
         self.attention = attention
         self.language_model.config._attn_implementation = ATTENTIONS[attention]
+        _leave_unread_out(self.language_model.layers[-1])
 
     @property
     def causal_lm(self) -> Any:

@@ -8,6 +8,8 @@ siblings would see of each other) is kept apart: it costs time and is of no use.
                       usual factor of 2 holds for the adapter alone; attention 2.5 times, as its kernels compute the
                       scores anew (FlashAttention-2, arXiv 2307.08691)
     checkpointing     another forward of the layers
+
+In the last layer nothing is read from a volume's tokens: the trainer leaves out their attention and MLP (`rl.packed`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from dataclasses import astuple, dataclass
 
 from rl.config import LoraConfig
 from rl.microbatch import attended_at_once, scored_at_once
-from rl.plan.sizes import Language, Vision
+from rl.plan.sizes import MLP, Language, Vision
 
 ATTENTION_BACKWARD = 2.5
 
@@ -79,10 +81,16 @@ class Forest:
     siblings: tuple[Siblings, ...]
     scored: int
     """Tokens of completions: those that the output layer predicts."""
+    unread: int
+    """Tokens of volumes, which the last layer leaves out but for keys and values; 0 for an engine, which does not."""
 
     @property
     def tokens(self) -> int:
         return sum(s.tokens for s in self.siblings)
+
+    @property
+    def unread_pairs(self) -> float:
+        return sum(s.pairs for s in self.siblings if not s.path) if self.unread else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +108,7 @@ class TreeShape:
         """Volumes that are asked so many questions each."""
         volumes = _runs(0, self.volume, len(questions))
         asked = (run for count in questions for run in _runs(self.volume, self.question, count))
-        return Forest((*volumes, *asked), scored=0)
+        return Forest((*volumes, *asked), scored=0, unread=0)
 
     def forest(self, questions: Sequence[int]) -> Forest:
         """The same with all completions."""
@@ -109,6 +117,7 @@ class TreeShape:
         return Forest(
             (*self.prompts(questions).siblings, *group * groups),
             scored=groups * self.generations * self.completion,
+            unread=len(questions) * self.volume,
         )
 
     def padded_tokens(self, questions: int) -> int:
@@ -124,12 +133,13 @@ def _runs(path: int, length: int, count: int) -> list[Siblings]:
 def forward(language: Language, lora: LoraConfig, forest: Forest) -> Operations:
     """One packed forward."""
     weights = language.layers * (language.layer_weights + language.lora_weights(lora))
-    a_pair = 4 * language.hidden * language.layers
+    mlp = language.mlp_weights + language.lora_weights(lora, MLP)
+    a_pair = 4 * language.hidden
     pairs = sum(s.pairs for s in forest.siblings)
     return Operations(
-        linear=2 * forest.tokens * weights,
-        attention=a_pair * pairs,
-        masked=a_pair * (sum(s.computed_pairs for s in forest.siblings) - pairs),
+        linear=2 * (forest.tokens * weights - forest.unread * mlp),
+        attention=a_pair * (language.layers * pairs - forest.unread_pairs),
+        masked=a_pair * language.layers * (sum(s.computed_pairs for s in forest.siblings) - pairs),
         lm_head=2 * forest.scored * language.vocabulary * language.hidden,
     )
 
@@ -138,6 +148,7 @@ def backward(language: Language, lora: LoraConfig, forest: Forest, *, checkpoint
     """The backward after `forward`, with what checkpointing computes again."""
     there = forward(language, lora, forest)
     adapter = 2 * forest.tokens * language.layers * language.lora_weights(lora)
+    adapter -= 2 * forest.unread * language.lora_weights(lora, MLP)
     in_parts = forest.scored > scored_at_once(language.vocabulary)  # then the logits are made again
     back = Operations(
         linear=there.linear + adapter,

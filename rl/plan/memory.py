@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from rl.config import LoraConfig
 from rl.microbatch import scored_at_once
 from rl.plan.flops import Forest, Siblings
-from rl.plan.sizes import Language
+from rl.plan.sizes import MLP, Language
 
 LOGIT_COPIES = 4
 """Float32 tensors of tokens x vocabulary that exist at once in `rl.packed`: logits, log-probabilities, and two of the
@@ -69,7 +69,9 @@ def trainer_memory(
     return TrainerMemory(
         weights=language.parameters * number_bytes,
         adapter=adapter * (ADAPTER_BYTES + 4 * reference),
-        kept=inputs if checkpointing else language.layers * layer,
+        kept=inputs
+        if checkpointing
+        else language.layers * layer - _unread(language, lora, forest, number_bytes),
         layer=gradients + (layer if checkpointing else 0),
         logits=LOGIT_COPIES
         * 4
@@ -95,6 +97,16 @@ def kept_of_layer(language: Language, lora: LoraConfig, forest: Forest, number_b
     return forest.tokens * a_token + sum(
         _kept_of_attention(language, s, number_bytes) for s in forest.siblings
     )
+
+
+def _unread(language: Language, lora: LoraConfig, forest: Forest, number_bytes: int) -> float:
+    """What the last layer keeps less than the others: of tokens from which nothing is read (`rl.packed`)."""
+    adapted = {name: rows for name, (rows, _) in language.adapted(lora).items() if name in MLP}
+    # in float32 the inputs of gate and up are a part of the norm's output, which is kept whole
+    own = {name: rows for name, rows in adapted.items() if number_bytes != 4 or name == "down_proj"}
+    mlp = 4 * sum(own.values()) + 4 * lora.r * len(adapted) + 3 * number_bytes * language.intermediate
+    attention = 3 * number_bytes * language.hidden + 4 * language.heads  # keys, values, result
+    return forest.unread * (mlp + attention)
 
 
 def _kept_of_attention(language: Language, s: Siblings, number_bytes: int) -> float:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from rl.config import ConfigError, LoraConfig
 from rl.geometry import PUBLISHED, VisionGeometry, model_config, vision_geometry
+
+MLP = ("gate_proj", "up_proj", "down_proj")
+"""The linear layers of a decoder layer's MLP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,11 @@ class Language:
         return sum(rows * columns for rows, columns in self.projections.values())
 
     @property
+    def mlp_weights(self) -> int:
+        """Those of the MLP among them."""
+        return 3 * self.hidden * self.intermediate
+
+    @property
     def parameters(self) -> int:
         """All of them: embeddings, biases and norms too."""
         biases = self.hidden + 2 * self.kv_heads * self.head_size
@@ -56,9 +65,13 @@ class Language:
         """The projections that have an adapter."""
         return {name: shape for name, shape in self.projections.items() if name in lora.target_modules}
 
-    def lora_weights(self, lora: LoraConfig) -> int:
-        """Weights of the adapter of one decoder layer."""
-        return sum(lora.r * (rows + columns) for rows, columns in self.adapted(lora).values())
+    def lora_weights(self, lora: LoraConfig, projections: Collection[str] | None = None) -> int:
+        """Weights of the adapter of one decoder layer; of some of its projections."""
+        return sum(
+            lora.r * (rows + columns)
+            for name, (rows, columns) in self.adapted(lora).items()
+            if projections is None or name in projections
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,5 +29,5 @@ def test_the_pages_of_a_large_array_are_not_asked_for_again() -> None:
         )
         for mode in ("usual", "kept")
     }
-    assert faults["usual"] > 1000  # 128 MiB in pages of 4 KiB
-    assert faults["kept"] < 100
+    assert faults["usual"] > 50  # 128 MiB in pages of 4 KiB, or 2 MiB
+    assert faults["kept"] < faults["usual"] / 4

@@ -37,7 +37,7 @@ def forest_of(batch: PackedBatch) -> Forest:
         Siblings(sum(lengths[i] for i in s.path), tuple(lengths[i] for i in s.children))
         for s in batch.layout.siblings
     )
-    return Forest(siblings, int(batch.mask_N_T.sum()))
+    return Forest(siblings, int(batch.mask_N_T.sum()), batch.layout.unread)
 
 
 def counting() -> FlopCounterMode:
@@ -81,6 +81,7 @@ def test_the_plans_tree_is_the_packed_one() -> None:
     forest = SHAPE.forest([3, 2])
     assert Counter(forest.siblings) == Counter(forest_of(batch).siblings)
     assert (forest.tokens, forest.scored) == (len(batch.input_ids_L), int(batch.mask_N_T.sum()))
+    assert forest.unread == batch.layout.unread == 2 * 150
     assert SHAPE.padded_tokens(3) + SHAPE.padded_tokens(2) == 20 * (150 + 12 + 20)
 
 
@@ -114,8 +115,10 @@ def test_the_backward_is_counted(
     logps_N_T, _ = policy.train()(batch)
     with counting() as counter:
         logps_N_T.sum().backward()
-    expected = backward(sizes.language, lora, forest_of(batch), checkpointing=checkpointing)
-    skipped = 2 * forest_of(batch).tokens * sizes.language.layers * lora.r * sizes.language.hidden
+    forest = forest_of(batch)
+    expected = backward(sizes.language, lora, forest, checkpointing=checkpointing)
+    layers_of_tokens = forest.tokens * sizes.language.layers - forest.unread
+    skipped = 2 * layers_of_tokens * lora.r * sizes.language.hidden
     assert counter.get_total_flops() == expected.executed - checkpointing * skipped
 
 
