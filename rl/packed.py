@@ -31,7 +31,6 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rl.flex import flex_tree_attention, tree_mask
@@ -210,10 +209,12 @@ class _Builder:
         )
 
 
-def sibling_masks(layout: Layout, device: torch.device) -> list[torch.Tensor | None]:
-    """For each run of siblings, the keys [T, A + T] each query sees: the whole path, and the past of its own node.
+def sibling_masks(layout: Layout, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor | None]:
+    """For each run of siblings, what is added to the scores [T, A + T] of its queries: 0 for the path and the past of a
+    query's own node, minus infinity for the rest.
 
-    None for a root, which is plainly causal.
+    None for a root, which is plainly causal. Numbers of the queries' dtype, because of others every layer would make
+    and keep a copy.
     """
     masks: list[torch.Tensor | None] = []
     for s in layout.siblings:
@@ -224,7 +225,8 @@ def sibling_masks(layout: Layout, device: torch.device) -> list[torch.Tensor | N
         child_T = torch.repeat_interleave(lengths)
         own = (child_T[:, None] == child_T).tril()
         path = own.new_ones(len(own), sum(layout.lengths[node] for node in s.path))
-        masks.append(torch.cat([path, own], dim=1))
+        seen = torch.cat([path, own], dim=1)
+        masks.append(torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, float("-inf")))
     return masks
 
 
@@ -248,7 +250,7 @@ def packed_tree_attention(
     Returns:
         [1, L, heads, d], as transformers' attention functions return it.
     """
-    repeats = query.shape[1] // key.shape[1]
+    heads, kv_heads = query.shape[1], key.shape[1]
     is_last = module.layer_idx == module.config.num_hidden_layers - 1
     # one split, because its backward is one concatenation; slicing would write a row of zeros per slice
     q_runs = query.split([sum(layout.lengths[child] for child in s.children) for s in layout.siblings], dim=2)
@@ -258,14 +260,18 @@ def packed_tree_attention(
         if is_last and layout.unread and not s.path:
             outputs.append(torch.zeros_like(q))
             continue
+        # grouped queries: [kv_heads, heads of a group, T, d] beside keys that a group shares without copies
+        q = q.view(kv_heads, heads // kv_heads, *q.shape[2:])
         k, v = (
-            repeat_kv(torch.cat([nodes[i] for i in (*s.path, *s.children)], dim=2), repeats)
+            torch.cat([nodes[i] for i in (*s.path, *s.children)], dim=2)
+            .transpose(0, 1)
+            .expand(-1, q.shape[1], -1, -1)
             for nodes in (k_nodes, v_nodes)
         )
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask_T_AT, dropout_p=dropout, is_causal=mask_T_AT is None, scale=scaling
         )
-        outputs.append(attended)
+        outputs.append(attended.reshape(1, heads, *q.shape[2:]))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
@@ -362,7 +368,10 @@ class PackedPolicy(nn.Module):
         """What the attention function is given as its mask, the same in every layer."""
         if self.attention == "flex":
             return tree_mask(layout.lengths, layout.parents, self.device)
-        return sibling_masks(layout, self.device)
+        device = self.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.language_model.dtype
+        return sibling_masks(layout, device, dtype)
 
     def _score(
         self, hidden_n_H: torch.Tensor, targets_n: torch.Tensor, temperature: float

@@ -7,7 +7,7 @@ memory bandwidth bounds it long before arithmetic does (Pope et al. 2022, arXiv 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rl.config import Config
 from rl.plan.flops import Operations, TreeShape, forward
@@ -83,7 +83,7 @@ def sampling(
     grpo, lora = config.grpo, config.model.lora
     volumes = [grpo.questions_per_volume] * grpo.volumes_per_step
     prompts = forward(language, lora, shape.prompts(volumes))
-    whole = forward(language, lora, shape.forest(volumes))
+    whole = forward(language, lora, replace(shape.forest(volumes), unread=0))  # an engine leaves nothing out
     prefill = Operations(prompts.linear, prompts.attention)
     decoding = Operations(
         whole.linear - prompts.linear, whole.attention - prompts.attention, 0.0, whole.lm_head

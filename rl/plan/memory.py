@@ -8,8 +8,8 @@ format; the adapter and what goes into it are float32, copied when b is 2):
     outputs of their A            4 r
     gate, SiLU of it, up          3 b intermediate
 
-and for each run of siblings, heads repeated and the path before them: queries, keys, values, result and the mask as
-numbers. With checkpointing only the layers' inputs, and all this for one layer at a time.
+and for each run of siblings queries, keys and values, the path's before them, and the result. Masks and rotary tables
+are there once for all layers. With checkpointing only the layers' inputs, and all this for one layer at a time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TrainerMemory:
     adapter: float
     """With gradients and optimizer, and the frozen reference where there is one."""
     kept: float
-    """Activations that wait for the backward of the largest micro-batch."""
+    """Activations that wait for the backward of the largest micro-batch, masks and rotary tables among them."""
     layer: float
     """What the backward of one layer needs beyond them."""
     logits: float
@@ -63,16 +63,20 @@ def trainer_memory(
 ) -> TrainerMemory:
     """Memory at the micro-batch `forest`; `reference`: a second, frozen adapter is kept."""
     layer = kept_of_layer(language, lora, forest, number_bytes)
-    inputs = language.layers * forest.tokens * language.hidden * number_bytes
+    last = layer - _unread(language, lora, forest, number_bytes)
+    inputs = forest.tokens * language.hidden * number_bytes
+    recomputed = max(
+        last, layer - inputs
+    )  # the last layer's inputs are gone when that of the one before is made again
     gradients = gradients_of_layer(language, forest, number_bytes)
+    masks = sum(s.computed_pairs for s in forest.siblings if s.path)
+    shared = number_bytes * (masks + 2 * forest.tokens * language.head_size)
     adapter = language.layers * language.lora_weights(lora)
     return TrainerMemory(
         weights=language.parameters * number_bytes,
         adapter=adapter * (ADAPTER_BYTES + 4 * reference),
-        kept=inputs
-        if checkpointing
-        else language.layers * layer - _unread(language, lora, forest, number_bytes),
-        layer=gradients + (layer if checkpointing else 0),
+        kept=shared + (language.layers * inputs if checkpointing else (language.layers - 1) * layer + last),
+        layer=gradients + (recomputed if checkpointing else 0),
         logits=LOGIT_COPIES
         * 4
         * min(forest.scored, scored_at_once(language.vocabulary))
@@ -105,24 +109,21 @@ def _unread(language: Language, lora: LoraConfig, forest: Forest, number_bytes: 
     # in float32 the inputs of gate and up are a part of the norm's output, which is kept whole
     own = {name: rows for name, rows in adapted.items() if number_bytes != 4 or name == "down_proj"}
     mlp = 4 * sum(own.values()) + 4 * lora.r * len(adapted) + 3 * number_bytes * language.intermediate
-    attention = 3 * number_bytes * language.hidden + 4 * language.heads  # keys, values, result
+    keys = language.kv_heads * language.head_size * number_bytes
+    attention = number_bytes * language.hidden + 4 * language.heads + 2 * keys  # result, keys, values
     return forest.unread * (mlp + attention)
 
 
 def _kept_of_attention(language: Language, s: Siblings, number_bytes: int) -> float:
     queries_and_results = s.tokens * language.heads * (2 * language.head_size * number_bytes + 4)
-    mask = s.computed_pairs * number_bytes if s.path else 0
-    return queries_and_results + 2 * _keys(language, s, number_bytes) + mask
-
-
-def _keys(language: Language, s: Siblings, number_bytes: int) -> float:
-    """Keys of a run of siblings, as attention gets them."""
-    return (s.path + s.tokens) * language.hidden * number_bytes
+    keys = (s.path + s.tokens) * language.kv_heads * language.head_size * number_bytes
+    return queries_and_results + 2 * keys
 
 
 def gradients_of_layer(language: Language, forest: Forest, number_bytes: int) -> float:
     """The largest set of gradients that exists at once in the backward of a layer."""
-    attention = 2 * max(_keys(language, s, number_bytes) for s in forest.siblings)
+    # those of keys and values, one for each head of queries
+    attention = 2 * number_bytes * language.hidden * max(s.path + s.tokens for s in forest.siblings)
     mlp = forest.tokens * language.intermediate * (3 * number_bytes + 4 * (number_bytes != 4))
     return max(attention, mlp)
 

@@ -118,7 +118,7 @@ def test_the_phases_of_a_step_share_a_gpu_as_the_placement_says() -> None:
         ((), 141, "rollouts: "),
         (("model.gradient_checkpointing=false",), 141, "set model.gradient_checkpointing=true"),
         (("engine.sleep=false", "engine.gpu_memory_utilization=0.9"), 141, "set engine.sleep=true"),
-        ((), 17, "GB of 16.1 GB; lower grpo.max_tokens_per_microbatch (24576)"),
+        ((), 16, "GB of 15.2 GB; lower grpo.max_tokens_per_microbatch (24576)"),
         (("grpo.max_tokens_per_microbatch=1",), 10, "lower grpo.num_generations"),
         (("engine.gpu_memory_utilization=1",), 141, "sampling needs 147.7 GB"),
         (("engine.gpu_memory_utilization=0.06",), 141, "memory: the KV cache holds "),
