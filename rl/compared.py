@@ -64,12 +64,18 @@ def _find(config: Config, item: str, folders: dict[str, Path]) -> str:
     if item in folders:
         return item
     run_dir = Path(config.run_dir)
-    of_eval = [run_dir / kind / item for kind in ("eval", "settings", "served")]
-    for folder in (*of_eval, imported_folder(config, item), Path(item)):
-        if item and (folder / "run.json").exists():
-            known = [key for key, other in folders.items() if other.resolve() == folder.resolve()]
-            folders.setdefault(known[0] if known else item, folder)
-            return known[0] if known else item
+    of_this_run = [run_dir / kind / item for kind in ("eval", "settings", "served")]
+    found = [
+        f for f in (*of_this_run, imported_folder(config, item), Path(item)) if (f / "run.json").exists()
+    ]
+    if item and found:
+        if len({folder.resolve() for folder in found}) > 1:
+            raise ConfigError(
+                f"{item!r} is the name of several runs: write one of {', '.join(map(str, found))}"
+            )
+        known = [key for key, other in folders.items() if other.resolve() == found[0].resolve()]
+        folders.setdefault(known[0] if known else item, found[0])
+        return known[0] if known else item
     others = f"use one of {', '.join(folders)}" if folders else "run `reasonknee eval` first"
     raise ConfigError(
         f"no run {item!r}: {others}, or name one of another setting (as GRPO-none is), a served model, an imported "

@@ -73,12 +73,15 @@ def import_results(config: Config, name: str, paths: Sequence[Path]) -> Imported
         paths: see `rl.data.results.read_results`.
 
     Raises:
-        ConfigError: a name that is no folder name.
+        ConfigError: a name that is no folder name, or has a comma.
         ResultsError: the files cannot be read, or answer none of the items.
         DataError: the split cannot be read.
     """
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise ConfigError(f"run name {name!r} is no name of a folder; write one such as o1-zero-shot")
+    if name.strip() in ("", ".", "..") or Path(name).name != name or "," in name:
+        raise ConfigError(
+            f"run name {name!r} is no name of a folder, or has a comma, which `compare` puts between runs; write one "
+            "such as o1-zero-shot"
+        )
     results = read_results(paths)
     examples = limited(config, load_examples(config, split_of(config)))
     answers, notes = match(results, examples)

@@ -118,7 +118,9 @@ def _load(file: Path, repeated: list[str]) -> Any:
     def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            repeated.extend(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+            repeated.extend(
+                _short(key) for key, times in Counter(key for key, _ in pairs).items() if times > 1
+            )
         return found
 
     try:
@@ -145,8 +147,10 @@ def _model(file: Path, content: dict[str, Any]) -> str:
 
 
 def _zero_shot(file: Path, content: dict[str, Any]) -> Iterator[Entry]:
+    before: dict[str, Any] = {}
     for index, (key, entry) in enumerate(content.items()):
-        place = f"{file} entry {index} ({_short(key)})"
+        name = _short(key)
+        place = f"{file} entry {index} ({name})"
         named = _ZERO_SHOT_KEY.fullmatch(key)
         if named is None:
             raise ResultsError(
@@ -155,7 +159,7 @@ def _zero_shot(file: Path, content: dict[str, Any]) -> Iterator[Entry]:
             )
         knee, question_id = named[1], int(named[2])
         if entry == {}:  # the scripts reserve the key before they ask
-            yield Entry(key, knee, question_id, "", "asked, and nothing was stored")
+            yield Entry(name, knee, question_id, "", "asked, and nothing was stored")
             continue
         results = [field for field in entry if field.endswith(_RESULT)] if isinstance(entry, dict) else []
         if len(results) != 1 or not isinstance(entry.get("question"), str):
@@ -164,10 +168,16 @@ def _zero_shot(file: Path, content: dict[str, Any]) -> Iterator[Entry]:
             )
         _check_question(place, question_id, entry["question"])
         result = entry[results[0]]
+        told = {field: value for field, value in entry.items() if field.startswith("o1_")}
         if isinstance(result, dict) and result.keys() == {"error"}:
-            yield Entry(key, knee, question_id, "", _short(result["error"]))
+            yield Entry(name, knee, question_id, "", _short(result["error"]))
+        elif len(told) > 1 and told == before:
+            yield Entry(
+                name, knee, question_id, "", "answer and token counts of the entry before: a failed call"
+            )
         else:
-            yield Entry(key, knee, question_id, _as_text(place, result))
+            yield Entry(name, knee, question_id, _as_text(place, result))
+        before = told
 
 
 def _check_question(place: str, question_id: int, text: str) -> None:
@@ -218,5 +228,7 @@ def _asked(text: str) -> int | None:
 
 
 def _short(content: object) -> str:
+    """What can be printed of it on one line."""
     text = content if isinstance(content, str) else repr(content)
+    text = "".join(c if c.isprintable() else " " for c in text[:121])
     return text if len(text) <= 120 else f"{text[:120]}…"

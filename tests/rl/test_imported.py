@@ -65,10 +65,14 @@ def public_answer(example: Example) -> dict[str, Any]:
 
 def zero_shot(examples: Sequence[Example], model: str = "o1") -> dict[str, dict[str, Any]]:
     """What the zero-shot script stores for a model that is always right."""
-    tokens = {f"{model}_{kind}_tokens": 9 for kind in ("total", "completion", "prompt", "reasoning")}
+    kinds = ("total", "completion", "prompt", "reasoning")
     return {
-        e.example_id: {"question": "Grade this knee.", f"{model}_result": public_answer(e), **tokens}
-        for e in examples
+        e.example_id: {
+            "question": "Grade this knee.",
+            f"{model}_result": public_answer(e),
+            **{f"{model}_{kind}_tokens": 9 + i for kind in kinds},
+        }
+        for i, e in enumerate(examples)
     }
 
 
@@ -181,10 +185,14 @@ def test_every_entry_that_is_no_answer_is_counted_and_named(
 def test_an_answer_stored_for_the_next_question_is_wrong(
     config: Config, examples: list[Example], tmp_path: Path
 ) -> None:
-    """The public o1 script stores the former answer again when a call fails."""
+    """The public o1 script stores the former answer and token counts again when a call fails."""
     content = zero_shot(examples)
-    content[examples[1].example_id]["o1_result"] = content[examples[0].example_id]["o1_result"]
-    result = score(run_import(config, "o1", [write(tmp_path / "o1.json", content)]).run)
+    content[examples[1].example_id] = content[examples[0].example_id]
+    imported = run_import(config, "o1", [write(tmp_path / "o1.json", content)])
+    assert imported.notes[ERROR] == [
+        f"{examples[1].example_id} (answer and token counts of the entry before: a failed call)"
+    ]
+    result = score(imported.run)
     assert result.values["all_correct"][OVERALL].value == pytest.approx(11 / 12)
 
 
@@ -205,7 +213,7 @@ def test_results_of_other_data_are_refused(config: Config, examples: list[Exampl
         run_import(config, "o1", [file])
 
 
-@pytest.mark.parametrize("name", ["GRPO", "baseline", "", "..", "a/b"])
+@pytest.mark.parametrize("name", ["GRPO", "baseline", "", " ", "..", "a/b", "a,b"])
 def test_a_name_that_is_taken_or_no_folder_is_refused(name: str, config: Config, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"choose another|is no name of a folder"):
         run_import(config, name, [tmp_path / "o1.json"])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
 from rl.compared import runs_to_compare
-from rl.config import load_config
+from rl.config import ConfigError, load_config
 
 SEEDS = (0, 1, 2)
 
@@ -75,6 +76,16 @@ def test_a_run_without_seeds_may_stand_against_several(runs):
     compared = runs_to_compare(config_of(runs), [base, arm(runs, "GRPO")])
     assert len(set(compared.arms["base"])) == 1
     assert len(compared.runs) == 4
+
+
+def test_a_name_that_several_runs_bear_is_refused_with_their_folders(runs, tmp_path):
+    config = config_of(runs, tmp_path)
+    for kind in ("served", "imported"):
+        shutil.copytree(runs / "s0" / "eval" / "GRPO", tmp_path / kind / "twin")
+    with pytest.raises(
+        ConfigError, match=r"'twin' is the name of several runs: write one of .*served.*imported"
+    ):
+        runs_to_compare(config, ["twin", str(runs / "s0" / "eval" / "SFT")])
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,31 @@ def test_a_zero_shot_result_is_read_as_the_text_it_was(tmp_path: Path) -> None:
     )
 
 
+def test_the_answer_and_token_counts_of_the_entry_before_are_a_failed_call_of_the_o1_script(
+    tmp_path: Path,
+) -> None:
+    """Even where the answer does not say what it is about; an equal answer at another cost is an answer."""
+    short = {"Size": 0, "Depth": 0}
+    content = {
+        f"{KNEE}_16": asked(short),
+        f"{KNEE}_17": asked(short),
+        f"{KNEE}_18": asked(short) | {"o1_total_tokens": 8},
+    }
+    entries = read_results([write(tmp_path / "o1.json", content)]).entries
+    assert [entry.error for entry in entries] == [
+        None,
+        "answer and token counts of the entry before: a failed call",
+        None,
+    ]
+    assert entries[1].completion == ""
+
+
+def test_what_is_printed_of_a_file_is_one_printable_line(tmp_path: Path) -> None:
+    content = {f"{KNEE}_1": asked({"error": "CUDA error:\nout of \x1b[31mmemory \udc00"})}
+    (entry,) = read_results([write(tmp_path / "o1.json", content)]).entries
+    assert entry.error == "CUDA error: out of  [31mmemory  "
+
+
 def test_the_shards_of_sft_inference_are_one_run(tmp_path: Path, dataset: Any) -> None:
     """Question by the prompt's template, knee by the image path, text up to the token that ended the turn."""
     for index, question_id in ((0, 1), (1, 60)):
