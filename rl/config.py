@@ -144,6 +144,9 @@ class SFTConfig:
 
     init_adapter: str = ""
     """Adapter folder to start from; empty: a fresh adapter."""
+    train_file: str = ""
+    """File under `generate_data/` that SFT trains on, those items that have reasoning text, say; empty: that of `data`,
+    which GRPO trains on."""
     learning_rate: float = 2e-4
     lr_scheduler_type: str = "constant_with_warmup"
     """Rate after the warm-up: constant_with_warmup | linear (falls to 0 at the end of `max_epochs`)."""
@@ -298,6 +301,8 @@ class PhantomConfig:
     test_patients: int = 40
     max_visits: int = 3
     """Visits per patient are drawn from 1 to this number."""
+    reasoned_patients: int = 0
+    """So many of the training patients also make up `train_reasoned.json`; 0: there is no such file."""
     shape: list[int] = field(default_factory=lambda: [96, 96, 16])
     """File grid: two in-plane axes, then slices."""
     fov_mm: list[float] = field(default_factory=lambda: [140.0, 140.0, 104.0])

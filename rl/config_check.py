@@ -54,7 +54,7 @@ MAY_BE_ZERO = frozenset(
         *("grpo.warmup_steps", "grpo.weight_decay", "grpo.eval_steps"),
         *("eval.temperature", "eval.max_examples"),
         *("openai.requests_per_minute", "openai.retries"),
-        *("ray.gpus_per_worker", "ray.gpus_per_engine"),
+        *("phantom.reasoned_patients", "ray.gpus_per_worker", "ray.gpus_per_engine"),
     }
 )
 """Numbers for which 0 has a meaning; every other number of the configuration is greater than 0."""

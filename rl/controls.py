@@ -51,7 +51,7 @@ def train_on_best_of_g(config: Config, on_metrics: OnMetrics) -> Path:
     stage = "sft-best-of-g"
     items, seconds = _sampled(config, Path(config.run_dir).absolute() / stage, on_metrics)
     chosen = deepcopy(config)
-    chosen.data.train_file = str(items)
+    chosen.sft.train_file = str(items)
     chosen.data.box_source = "text"  # the sampled boxes, and the validation file's own
     return _train_on(chosen, grpo_seconds(config) - seconds, stage, on_metrics)
 

@@ -66,7 +66,7 @@ class SFTTrainer:
     def __init__(self, config: Config, stage: str, on_metrics: OnMetrics) -> None:
         self.settings, self.seed, self.on_metrics = config.sft, config.seed, on_metrics
         self.run = RunFolder(config, stage)
-        self.train, self.val = Task(config, "train"), Task(config, "val")
+        self.train, self.val = Task(config, "train", config.sft.train_file or None), Task(config, "val")
         self.sampler = self.train.sampler(config.seed, balance=self.settings.balance)
         self.validation = self.val.sampler(config.seed, balance=self.settings.balance).draw(
             VALIDATION_STEP, self.settings.validation_volumes, self.settings.questions_per_volume

@@ -32,7 +32,9 @@ them changes (a tolerance that proved too tight, a token budget that did not fit
 MAY_GROW = frozenset({"grpo.max_steps"})
 """Settings that make a finished run longer: it goes on from its last checkpoint."""
 
-SEEN_AS_FILES = frozenset({"data.train_file", "data.val_file", "data.test_file", "eval.prompts"})
+SEEN_AS_FILES = frozenset(
+    {"data.train_file", "data.val_file", "data.test_file", "sft.train_file", "eval.prompts"}
+)
 """Names of files whose content is compared by those stages that read them."""
 
 _ENDS = 1 << 20

@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -222,7 +223,9 @@ def _embed_inputs(config: Config) -> Inputs:
 
 
 def _sft_inputs(config: Config) -> Inputs:
-    files = inputs.dataset(config, ("train", "val")) | inputs.model_files(config)
+    begun_on = deepcopy(config)
+    begun_on.data.train_file = config.sft.train_file or config.data.train_file
+    files = inputs.dataset(begun_on, ("train", "val")) | inputs.model_files(config)
     if config.sft.init_adapter:
         files |= inputs.adapter_files(Path(config.sft.init_adapter), "sft.init_adapter")
     return Inputs(inputs.settings(config, *_TASK, "sft"), files)

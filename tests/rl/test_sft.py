@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from rl.config import Config, ConfigError
 from rl.model import load_policy
 from rl.packed import PackedPolicy, pack
-from rl.sft import completion_nll, mean_loss, train_sft
+from rl.sft import SFTTrainer, completion_nll, mean_loss, train_sft
 from rl.task import Task
 
 
@@ -113,6 +113,16 @@ def test_a_killed_and_restarted_run_is_the_uninterrupted_one(
     assert got == [pytest.approx(record, rel=1e-5) for record in expected]
     for name, tensor in tensors(whole).items():
         torch.testing.assert_close(tensors(restarted)[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_sft_may_have_a_training_file_of_its_own(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    whole = json.loads((Path(make_config().data.root) / "generate_data" / "train.json").read_text())
+    (tmp_path / "few.json").write_text(json.dumps(whole[:3]))
+    trainer = SFTTrainer(make_config(f"sft.train_file={tmp_path / 'few.json'}"), "sft", lambda record: None)
+    assert (len(trainer.train.examples), len(trainer.val.examples)) == (
+        3,
+        len(Task(make_config(), "val").examples),
+    )
 
 
 @pytest.mark.slow

@@ -64,6 +64,10 @@ def write_phantom(config: Config, progress: Progress | None = None) -> Path:
         if split != "val":
             chosen = balanced_selection(keys, phantom.seed)
             _write_items(root / "generate_data", f"{split}_balanced", [items[i] for i in chosen])
+    if phantom.reasoned_patients:
+        first = list(dict.fromkeys(f.scan.patient_id for f in findings["train"]))[: phantom.reasoned_patients]
+        items, _ = _items([f for f in findings["train"] if f.scan.patient_id in first], questions)
+        _write_lines(root / "generate_data" / "train_reasoned.json", items)
     return root
 
 
@@ -160,8 +164,12 @@ def _write_question_files(folder: Path, questions: Sequence[int]) -> None:
 def _write_items(folder: Path, name: str, items: Sequence[Item]) -> None:
     """Write `<name>.json` and `<name>_no_reasoning.json`, one item a line."""
     for suffix, extra in (("", {}), ("_no_reasoning", {"answer": ""})):
-        lines = ",\n".join(json.dumps(item | extra) for item in items)
-        _write_text(folder / f"{name}{suffix}.json", f"[\n{lines}\n]\n")
+        _write_lines(folder / f"{name}{suffix}.json", [item | extra for item in items])
+
+
+def _write_lines(path: Path, items: Sequence[Item]) -> None:
+    lines = ",\n".join(map(json.dumps, items))
+    _write_text(path, f"[\n{lines}\n]\n")
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -56,6 +56,17 @@ def test_the_csv_header_is_the_released_one(config: Config) -> None:
         assert text.splitlines()[0].split(",") == list(HEADER)
 
 
+def test_so_many_training_patients_can_have_a_file_with_reasoning_of_their_own(tmp_path: Path) -> None:
+    config = phantom_config(tmp_path / "data")
+    config.phantom.reasoned_patients, config.data.question_ids = 1, [1, 42]
+    folder = write_phantom(config) / "generate_data"
+    whole, few = (json.loads((folder / f"{name}.json").read_text()) for name in ("train", "train_reasoned"))
+    first = read_split(folder.parent, "train")[0].patient_id
+    assert few == [item for item in whole if f"/{first}/" in item["image"]]
+    assert len(few) < len(whole)
+    assert all(item["answer"] for item in few)
+
+
 def test_no_patient_is_in_two_splits_and_visits_start_at_baseline(config: Config) -> None:
     patients = {split: {r.patient_id for r in read_split(Path(config.data.root), split)} for split in SPLITS}
     assert [len(patients[split]) for split in SPLITS] == [2, 1, 1]
