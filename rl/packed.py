@@ -379,9 +379,10 @@ class PackedPolicy(nn.Module):
         """Log-probabilities of the targets, and entropies without gradient. Logits are float32 at least."""
         logits = self.causal_lm.lm_head(hidden_n_H)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        logps = F.log_softmax(logits / temperature, dim=-1)
+        logps = F.log_softmax(logits.div_(temperature), dim=-1)
+        del logits  # the largest tensors there are: no more than needed of them at once
         with torch.no_grad():
-            entropies = -(logps.exp() * logps).sum(-1)
+            entropies = -logps.exp().mul_(logps).sum(-1)
         return logps.gather(-1, targets_n[:, None]).squeeze(-1), entropies
 
     def _positions(self, positions_3_L: torch.Tensor) -> torch.Tensor:

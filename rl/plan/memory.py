@@ -21,9 +21,9 @@ from rl.microbatch import scored_at_once
 from rl.plan.flops import Forest, Siblings
 from rl.plan.sizes import MLP, Language
 
-LOGIT_COPIES = 4
-"""Float32 tensors of tokens x vocabulary that exist at once in `rl.packed`: logits, log-probabilities, and two of the
-entropy."""
+LOGIT_COPIES = 3
+"""Float32 tensors of tokens x vocabulary that exist at once in `rl.packed`: log-probabilities, their gradient and that
+of the logits."""
 ADAPTER_BYTES = 4 + 4 + 8
 """Of a trained weight: itself, its gradient, AdamW's two moments, all float32."""
 
