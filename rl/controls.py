@@ -1,11 +1,12 @@
 """Control arms: what else the time GRPO took could have been spent on.
 
-- SFT-continued: the SFT adapter trained on, with SFT's own settings.
+- SFT-continued: the SFT adapter trained on, as SFT trains.
 - SFT-best-of-G: G completions of the SFT policy for the prompts GRPO drew, the best of each kept, and the SFT adapter
   trained on those for the time that is left (rejection sampling fine-tuning, arXiv 2304.06767).
 
 Both take the wall-clock of the GRPO run's steps, in one process each. It is counted in optimizer steps, at the seconds
-a step took in SFT, so that the schedule of the learning rate comes to its end.
+a step took in SFT, so that the schedule of the learning rate comes to its end: SFT's rate on GRPO's schedule, for a rate
+that falls to 0 is worth something by itself.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def _train_on(config: Config, seconds: float, stage: str, on_metrics: OnMetrics)
     longer = deepcopy(config)
     sft = longer.sft
     sft.init_adapter = str(Path(config.run_dir) / "sft" / "adapter")
+    sft.lr_scheduler_type = config.grpo.lr_scheduler_type
     sft.max_epochs = sft.patience = min(VALIDATIONS, steps)
     sft.steps_per_epoch = math.ceil(steps / sft.max_epochs)
     return train_sft(longer, on_metrics, stage)
