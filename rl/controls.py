@@ -5,8 +5,8 @@
   trained on those for the time that is left (rejection sampling fine-tuning, arXiv 2304.06767).
 
 Both take the wall-clock of the GRPO run's steps, in one process each. It is counted in optimizer steps, at the seconds
-a step took in SFT, so that the schedule of the learning rate comes to its end: SFT's rate on GRPO's schedule, for a rate
-that falls to 0 is worth something by itself.
+a step took in SFT, so that the schedule of the learning rate comes to its end. It is GRPO's schedule, on SFT's rate: a
+rate that falls to 0 is worth something by itself.
 """
 
 from __future__ import annotations
