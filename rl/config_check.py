@@ -131,6 +131,10 @@ def _data(config: Config) -> Iterator[str]:
         yield f"data.question_ids has {unknown}: questions are numbered 1 to 69"
     if len(set(ids)) != len(ids):
         yield f"data.question_ids names a question twice: {sorted({i for i in ids if ids.count(i) > 1})}"
+    for field in ("data.train_file", "data.val_file", "data.test_file", "sft.train_file"):
+        name = Path(_value(config, field))
+        if name.is_absolute() or ".." in name.parts:
+            yield f"{field} is {str(name)!r}: it must be a file under data.root's generate_data/"
     axes = [part.partition("=") for part in config.data.box_convention.axes.split(",")]
     if [name for name, _, _ in axes] != ["slice", "x", "y"] or sorted(axis for _, _, axis in axes) != [
         "0",

@@ -162,6 +162,11 @@ def test_a_value_outside_a_choice_names_the_allowed_ones(field: str) -> None:
         (["compare.primary_endpoint=auc"], "compare.primary_endpoint is 'auc': use one of accuracy"),
         (["data.question_ids=[0,1,70]"], r"\[0, 70\].* 1 to 69"),
         (["data.question_ids=[3,3]"], "twice"),
+        (
+            ["sft.train_file=../few.json"],
+            "sft.train_file is '../few.json': it must be a file under data.root",
+        ),
+        (["data.test_file=/data/test.json"], "data.test_file is '/data/test.json': it must be a file under"),
         (["data.box_convention.axes='slice=2,x=0,y=0'"], "one file axis"),
         (["data.box_convention.flip='z'"], "axes of slice, x, y"),
         (["view.crop=[0,4,0,4]"], "six"),
