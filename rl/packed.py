@@ -231,7 +231,7 @@ def sibling_masks(layout: Layout, device: torch.device, dtype: torch.dtype) -> l
 
 
 def packed_tree_attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -245,6 +245,7 @@ def packed_tree_attention(
     """Attention of the flat row, one SDPA call per run of siblings.
 
     Args:
+        module: the decoder layer's attention; it says which layer it is.
         query: [1, heads, L, d]; key, value: [1, kv_heads, L, d].
         attention_mask: of `sibling_masks`.
     Returns:
