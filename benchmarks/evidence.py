@@ -30,7 +30,7 @@ from rl.bench.metrics import grade_run, tables
 from rl.bench.seeds import seed_summary
 from rl.config import Config, load_config
 from rl.config_check import validate
-from rl.controls import grpo_seconds
+from rl.controls import grpo_seconds, metrics_of
 from rl.engine import start_engine
 from rl.evaluate import evaluate
 from rl.pipeline import BASELINE, BEST_OF_G, GRPO, SFT, SFT_CONTINUED, read_runs
@@ -168,8 +168,7 @@ def _training(configs: Mapping[int, Config]) -> list[str]:
         "|---|---|---|",
     ]
     for seed, config in configs.items():
-        lines = (Path(config.run_dir) / "sft" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        losses = [r["val_loss"] for r in map(json.loads, lines) if "val_loss" in r]
+        losses = [record["val_loss"] for record in metrics_of(config, "sft") if "val_loss" in record]
         words = [f"**{loss:.4f}**" if loss == min(losses) else f"{loss:.4f}" for loss in losses]
         rows.append(f"| {seed} | {' '.join(words)} | {grpo_seconds(config) / 60:.1f} |")
     return [*rows, ""]

@@ -64,7 +64,10 @@ PROMPT_TEXT_TOKENS = 384
 
 QUESTION_IDS = range(1, 70)
 
-OWN_RUNS = ("baseline", "prior", "base", "SFT", "GRPO", "SFT-continued", "SFT-best-of-G")
+TRAINED_RUNS = ("SFT", "GRPO", "SFT-continued", "SFT-best-of-G")
+"""Names of the runs of a run's adapters; in lower case, of the folders they lie in."""
+
+OWN_RUNS = ("baseline", "prior", "base", *TRAINED_RUNS)
 """Names of the runs `eval` makes of the baselines and of the models of a run, in the order of the tables."""
 
 

@@ -39,7 +39,7 @@ VALIDATIONS = 10
 
 def grpo_seconds(config: Config) -> float:
     """Wall-clock of the GRPO run's steps, validation left out."""
-    return sum(record.get("seconds", 0.0) for record in _metrics(config, "grpo"))
+    return sum(record.get("seconds", 0.0) for record in metrics_of(config, "grpo"))
 
 
 def continue_sft(config: Config, on_metrics: OnMetrics) -> Path:
@@ -59,7 +59,7 @@ def train_on_best_of_g(config: Config, on_metrics: OnMetrics) -> Path:
 
 def _train_on(config: Config, seconds: float, stage: str, on_metrics: OnMetrics) -> Path:
     """As many steps from the SFT adapter as SFT made in `seconds`, at least one."""
-    last = [record for record in _metrics(config, "sft") if "seconds" in record][-1]
+    last = [record for record in metrics_of(config, "sft") if "seconds" in record][-1]
     steps = max(1, round(seconds * last["step"] / last["seconds"]))
     longer = deepcopy(config)
     sft = longer.sft
@@ -80,9 +80,10 @@ def _sampled(config: Config, folder: Path, on_metrics: OnMetrics) -> tuple[Path,
             engine.load_adapter(Path(config.run_dir) / "sft" / "adapter")
             started = time.monotonic()
             write_atomically(items, json.dumps(best_of_g(config, engine, on_metrics)))
+            seconds = time.monotonic() - started
         finally:
             engine.close()
-        write_atomically(record, json.dumps({"seconds": time.monotonic() - started}))
+        write_atomically(record, json.dumps({"seconds": seconds}))
     return items, json.loads(record.read_text(encoding="utf-8"))["seconds"]
 
 
@@ -131,6 +132,7 @@ def as_item(example: Example, answer: Answer, root: Path, convention: Convention
     }
 
 
-def _metrics(config: Config, stage: str) -> list[dict[str, Any]]:
+def metrics_of(config: Config, stage: str) -> list[dict[str, Any]]:
+    """The records of a stage's metrics.jsonl."""
     lines = (Path(config.run_dir) / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]

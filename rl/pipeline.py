@@ -36,7 +36,6 @@ from rl.model import resolve_model
 from rl.progress import StageProgress
 from rl.sft import train_sft
 from rl.stages import (
-    CONTROLS,
     STAGES,
     eval_folder,
     move_aside,
@@ -52,7 +51,7 @@ from rollouts.embed import embed_examples
 from rollouts.types import Engine
 from rollouts.vision import VisionTower
 
-__all__ = ["BASE", "BASELINE", "BEST_OF_G", "CONTROLS", "GRPO", "SFT", "SFT_CONTINUED", "STAGES"]
+__all__ = ["BASE", "BASELINE", "BEST_OF_G", "GRPO", "SFT", "SFT_CONTINUED", "STAGES"]
 
 BASELINE, PRIOR, BASE, SFT, GRPO, SFT_CONTINUED, BEST_OF_G = OWN_RUNS
 

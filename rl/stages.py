@@ -25,6 +25,7 @@ from rewards.errors import ReasonKneeError
 from rl import stage_inputs as inputs
 from rl.choices import OWN_PROMPTS, split_of
 from rl.config import Config, ConfigError, save_config
+from rl.config_check import TRAINED_RUNS
 from rl.data.layout import Split
 from rl.data.phantom.marker import refuse_other_data
 from rl.errors import staged
@@ -283,8 +284,7 @@ def eval_folder(config: Config, name: str) -> Path:
 
 def trained_adapters(config: Config) -> dict[str, Path]:
     """The adapters of a run that exist, by the name of their run in the benchmark."""
-    names = ("SFT", "GRPO", "SFT-continued", "SFT-best-of-G")
-    folders = {name: Path(config.run_dir) / name.lower() / "adapter" for name in names}
+    folders = {name: Path(config.run_dir) / name.lower() / "adapter" for name in TRAINED_RUNS}
     return {name: folder for name, folder in folders.items() if folder.is_dir()}
 
 

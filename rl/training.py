@@ -51,7 +51,8 @@ def make_schedule(optimizer: Optimizer, kind: str, warmup_steps: int, steps: int
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
-        return 1.0 if kind == "constant_with_warmup" else max(0.0, (steps - step) / (steps - warmup_steps))
+        falling = max(0, steps - step) / max(1, steps - warmup_steps)  # all of it may be warm-up
+        return 1.0 if kind == "constant_with_warmup" else falling
 
     return LambdaLR(optimizer, factor)
 

@@ -65,9 +65,8 @@ def trainer_memory(
     layer = kept_of_layer(language, lora, forest, number_bytes)
     last = layer - _unread(language, lora, forest, number_bytes)
     inputs = forest.tokens * language.hidden * number_bytes
-    recomputed = max(
-        last, layer - inputs
-    )  # the last layer's inputs are gone when that of the one before is made again
+    # the last layer's inputs are gone when what the one before keeps is made again
+    recomputed = max(last, layer - inputs)
     gradients = gradients_of_layer(language, forest, number_bytes)
     masks = sum(s.computed_pairs for s in forest.siblings if s.path)
     shared = number_bytes * (masks + 2 * forest.tokens * language.head_size)

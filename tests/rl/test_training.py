@@ -47,6 +47,15 @@ def test_the_rate_rises_and_then_stays_or_falls_to_nothing_after_the_last_step(
     assert schedule.get_last_lr()[0] == (0.0 if kind == "linear" else 1.0)
 
 
+def test_a_run_may_be_all_warm_up() -> None:
+    optimizer = make_optimizer([nn.Parameter(torch.zeros(1))], 1.0, 0.0)
+    schedule = make_schedule(optimizer, "linear", 2, 2)
+    for rate in (0.5, 1.0, 0.0):
+        assert schedule.get_last_lr()[0] == rate
+        optimizer.step()
+        schedule.step()
+
+
 def test_gradients_are_clipped_and_their_norm_returned() -> None:
     a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     a.grad = torch.tensor([3.0])
