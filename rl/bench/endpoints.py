@@ -111,7 +111,10 @@ def count(attributes: pl.DataFrame, items: pl.DataFrame) -> Counts:
     n, s = np.zeros((2, patients.height, len(cells)))
     for found, kinds in zip(sums, seen, strict=True):
         numbered = kinds.with_columns(cell=pl.Series([place[k] for k in kinds.iter_rows()], dtype=pl.Int64()))
-        at = found.join(numbered, on=kinds.columns, nulls_equal=True).join(patients, on="patient_id")
+        placed = found.join(numbered, on=kinds.columns, nulls_equal=True).select(
+            "patient_id", "cell", "n", "s"
+        )
+        at = placed.join(patients, on="patient_id")
         index = at["patient"].to_numpy(), at["cell"].to_numpy()
         n[index], s[index] = at["n"].to_numpy(), at["s"].to_numpy()
     return Counts(tuple(patients["patient_id"]), cells, n, s)

@@ -137,7 +137,9 @@ def _box_measures(items: pl.DataFrame) -> Values:
         "distance_mm": pl.col("distance_mm").mean(),
     }
     values: Values = {name: {} for name in measures}
-    for column, boxes in _structures(items.filter(pl.col("iou").is_not_null())):
+    # lazy: only the columns that are needed are copied
+    known = items.lazy().filter(pl.col("iou").is_not_null())
+    for column, boxes in _structures(known.select("iou", "distance_mm", "table3_column").collect()):
         observed = dict.fromkeys(measures, boxes.height) | {"distance_mm": boxes["distance_mm"].count()}
         for name, value in boxes.select(**measures).row(0, named=True).items():
             values[name][column] = Cell(_number(value), observed[name])
@@ -145,18 +147,22 @@ def _box_measures(items: pl.DataFrame) -> Values:
 
 
 def _item_measures(attributes: pl.DataFrame, items: pl.DataFrame) -> Values:
-    graded = items.filter(pl.col("all_correct").is_not_null())
-    in_column = {column: graded.filter(_inside(column))["all_correct"] for column in GRADE_COLUMNS}
-    read = items.filter(pl.col("violates").is_not_null())
+    graded = items.lazy().filter(pl.col("all_correct").is_not_null())
+    in_column = {
+        column: graded.filter(_inside(column)).select("all_correct").collect()["all_correct"]
+        for column in GRADE_COLUMNS
+    }
+    violates = items["violates"].drop_nulls()
     known = attributes.lazy().filter(pl.col("truth").is_not_null())
-    share = known.group_by("example_id").agg(pl.col("correct").mean()).collect()
-    both = items.filter(pl.col("iou").is_not_null()).join(share, on="example_id")
+    share = known.group_by("example_id").agg(pl.col("correct").mean())
+    boxes = items.lazy().filter(pl.col("iou").is_not_null())
+    both = boxes.join(share, on="example_id").select("iou", "correct").collect()
     linked = both.select(pl.corr("iou", "correct")).item() if both.height > 1 else None
     return {
         "all_correct": {
             column: Cell(_number(right.mean()), len(right)) for column, right in in_column.items()
         },
-        "violations": {OVERALL: Cell(_number(read["violates"].mean()), read.height)},
+        "violations": {OVERALL: Cell(_number(violates.mean()), len(violates))},
         "iou_grade_correlation": {OVERALL: Cell(_number(linked), both.height)},
     }
 
