@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rl.flex import flex_tree_attention, tree_mask
+from rl.gated import keep_less
 from rl.microbatch import attended_at_once, scored_at_once
 
 ATTENTIONS = {"sdpa": "packed_tree", "flex": "packed_tree_flex"}
@@ -314,6 +315,8 @@ class PackedPolicy(nn.Module):
         self.attention = attention
         self.language_model.config._attn_implementation = ATTENTIONS[attention]
         _leave_unread_out(self.language_model.layers[-1])
+        for layer in self.language_model.layers:
+            keep_less(layer.mlp)
 
     @property
     def causal_lm(self) -> Any:

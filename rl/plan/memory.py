@@ -6,7 +6,7 @@ format; the adapter and what goes into it are float32, copied when b is 2):
     inputs of both norms          2 x 4 hidden
     inputs of the adapters        4 x their width; in float32 projections that read the same tensor share it
     outputs of their A            4 r
-    gate, SiLU of it, up          3 b intermediate
+    gate, up (`rl.gated`)         2 b intermediate
 
 and for each run of siblings queries, keys and values, the path's before them, and the result. Masks and rotary tables
 are there once for all layers. With checkpointing only the layers' inputs, and all this for one layer at a time.
@@ -95,7 +95,7 @@ def kept_of_layer(language: Language, lora: LoraConfig, forest: Forest, number_b
         2 * 4 * language.hidden
         + 4 * sum(widths.values())
         + 4 * lora.r * len(inputs)
-        + 3 * number_bytes * language.intermediate
+        + 2 * number_bytes * language.intermediate
     )
     return forest.tokens * a_token + sum(
         _kept_of_attention(language, s, number_bytes) for s in forest.siblings
@@ -107,7 +107,7 @@ def _unread(language: Language, lora: LoraConfig, forest: Forest, number_bytes: 
     adapted = {name: rows for name, (rows, _) in language.adapted(lora).items() if name in MLP}
     # in float32 the inputs of gate and up are a part of the norm's output, which is kept whole
     own = {name: rows for name, rows in adapted.items() if number_bytes != 4 or name == "down_proj"}
-    mlp = 4 * sum(own.values()) + 4 * lora.r * len(adapted) + 3 * number_bytes * language.intermediate
+    mlp = 4 * sum(own.values()) + 4 * lora.r * len(adapted) + 2 * number_bytes * language.intermediate
     keys = language.kv_heads * language.head_size * number_bytes
     attention = number_bytes * language.hidden + 4 * language.heads + 2 * keys  # result, keys, values
     return forest.unread * (mlp + attention)
