@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from rl.training import write_atomically
+from rl.errors import write_atomically
 
 
 def update_page(

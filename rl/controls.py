@@ -26,9 +26,10 @@ from rl.choices import reasoning_of
 from rl.config import Config
 from rl.data.boxes import Convention, box_to_text, parse_convention
 from rl.engine import start_engine
+from rl.errors import write_atomically
 from rl.sft import train_sft
 from rl.task import Task
-from rl.training import OnMetrics, write_atomically
+from rl.training import OnMetrics
 from rollouts.prompts import question_text
 from rollouts.requests import group_seed
 from rollouts.types import Engine, Sampling

@@ -45,6 +45,12 @@ def staged(path: Path) -> Iterator[Path]:
     staging.replace(path)
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """Write to a temporary name, then rename, so that a full disk or a kill leaves the old file."""
+    with staged(path) as staging:
+        staging.write_text(text, encoding="utf-8")
+
+
 def expected_errors() -> tuple[type[Exception], ...]:
     """What may be caught and shown in words."""
     return (ReasonKneeError, OSError)

@@ -40,6 +40,7 @@ from rl.completions import (
     write_completions,
 )
 from rl.config import Config, ConfigError
+from rl.errors import write_atomically
 from rl.generation import Generation
 from rl.loss import LossInputs, LossSettings, StepTotals, grpo_loss
 from rl.model import disable_dropout, load_policy, reference_adapter, save_adapter, trainable, weights_of
@@ -57,12 +58,17 @@ from rl.training import (
     make_optimizer,
     make_schedule,
     save_checkpoint,
-    write_atomically,
 )
 from rl.validation import Best, Validation
 from rollouts.types import Engine
 
-PER_TOKEN = {"entropy": "entropy", "kl": "kl", "clip_ratio": "clipped", "importance_ratio": "importance"}
+PER_TOKEN = {
+    "entropy": "entropy",
+    "kl": "kl",
+    "clip_ratio": "clipped",
+    "importance_ratio": "importance",
+    "importance_capped": "capped",
+}
 """Metrics that are means over the tokens of the loss, and the sums they are made from."""
 
 
@@ -75,6 +81,7 @@ class MicroBatch:
     mask_N_T: torch.Tensor
     sampler_logps_N_T: torch.Tensor
     old_logps_N_T: torch.Tensor | None = None
+    ref_logps_N_T: torch.Tensor | None = None
 
 
 def train_grpo(
@@ -203,6 +210,8 @@ class GRPOTrainer:
             flat = [s for s in scored if not s.has_signal]
             scored = [s for s in scored if s.has_signal] + (fresh + flat)[: len(flat)]
             scored.sort(key=lambda s: self.task.volume_ids[s.example_index])
+        if drawn > len(scored) and settings.scale_rewards == "batch":  # by the spread of what is kept
+            scored = self.scorer.score([(s.example_index, s.group) for s in scored])
         return scored, drawn
 
     def _draw(self, step: int, volumes: int, watch: Stopwatch, again: int = 0) -> list[ScoredGroup]:
@@ -261,10 +270,9 @@ class GRPOTrainer:
         self, micro: MicroBatch, settings: LossSettings, totals: StepTotals
     ) -> tuple[torch.Tensor, dict[str, float], Agreement]:
         """Loss, metric sums over tokens, and agreement with the engine of one micro-batch."""
-        ref_logps_N_T = None
-        if settings.beta:
+        if settings.beta and micro.ref_logps_N_T is None:
             with torch.no_grad(), reference_adapter(self.policy):
-                ref_logps_N_T, _ = self.policy(micro.batch, self.settings.temperature)
+                micro.ref_logps_N_T, _ = self.policy(micro.batch, self.settings.temperature)
         logps_N_T, entropies_N_T = self.policy(micro.batch, self.settings.temperature)
         if self.settings.num_iterations > 1 and micro.old_logps_N_T is None:
             micro.old_logps_N_T = logps_N_T.detach()
@@ -273,7 +281,7 @@ class GRPOTrainer:
             advantages_N_T=micro.advantages_N_T,
             mask_N_T=micro.mask_N_T,
             old_logps_N_T=micro.old_logps_N_T,
-            ref_logps_N_T=ref_logps_N_T,
+            ref_logps_N_T=micro.ref_logps_N_T,
             sampler_logps_N_T=micro.sampler_logps_N_T if self._corrects_importance else None,
         )
         loss, metrics = grpo_loss(inputs, settings, totals)

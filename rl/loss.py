@@ -69,7 +69,7 @@ def grpo_loss(
     bounds r where the advantage is negative (INTELLECT-2, arXiv 2505.07291); 0 is no bound.
 
     Returns:
-        The loss and sums over tokens (`kl`, `clipped`, `importance`) for the step's metrics.
+        The loss and sums over tokens (`kl`, `clipped`, `importance`, `capped`) for the step's metrics.
     """
     mask = inputs.mask_N_T
     logps = inputs.logps_N_T
@@ -92,9 +92,11 @@ def grpo_loss(
         )
     metrics = {}
     if inputs.sampler_logps_N_T is not None:
-        weight = torch.exp((old_logps - inputs.sampler_logps_N_T) * mask).clamp(max=settings.importance_cap)
+        uncapped = torch.exp((old_logps - inputs.sampler_logps_N_T) * mask)
+        weight = uncapped.clamp(max=settings.importance_cap)
         loss_N_T = loss_N_T * weight
         metrics["importance"] = float((weight * mask).sum())
+        metrics["capped"] = float(((uncapped > settings.importance_cap) & mask).sum())
     if settings.beta:
         if inputs.ref_logps_N_T is None:
             raise ValueError("beta > 0 needs the log-probabilities of the reference policy")

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from rl.config import Config, ConfigError
+from rl.errors import write_atomically
 from rl.model import load_policy, save_adapter, trainable
 from rl.packed import PackedPolicy, pack
 from rl.task import Task
@@ -29,7 +30,6 @@ from rl.training import (
     make_optimizer,
     make_schedule,
     save_checkpoint,
-    write_atomically,
 )
 from rollouts.requests import group_seed
 

@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from rewards.errors import ReasonKneeError
 from rl.config import Config, save_config
 from rl.environment import write_environment
-from rl.errors import staged, writing
+from rl.errors import write_atomically, writing
 from rl.model import save_adapter
 from rl.packed import PackedPolicy
 
@@ -129,12 +129,6 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except json.JSONDecodeError:  # cut off when the run was killed
         return math.inf
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write to a temporary name, then rename, so that a full disk or a kill leaves the old file."""
-    with staged(path) as staging:
-        staging.write_text(text, encoding="utf-8")
 
 
 def save_checkpoint(

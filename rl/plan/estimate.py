@@ -170,7 +170,7 @@ def microbatches(config: Config, shape: TreeShape, volumes: int) -> list[list[in
 
 
 def training(config: Config, sizes: ModelSizes, shape: TreeShape, hardware: Hardware) -> Training:
-    """Every group computed: forward, backward, the forward of the reference where there is one, all iterations."""
+    """Every group computed: forward and backward of all iterations, one forward of the reference where there is one."""
     grpo, workers = config.grpo, config.ray.num_workers
     ranks = [
         _computed(
@@ -182,7 +182,7 @@ def training(config: Config, sizes: ModelSizes, shape: TreeShape, hardware: Hard
         for rank in range(workers)
     ]
     passes = [
-        (there.times(grpo.num_iterations * (2 if grpo.beta else 1)), back.times(grpo.num_iterations))
+        (there.times(grpo.num_iterations + (grpo.beta > 0)), back.times(grpo.num_iterations))
         for there, back in ranks
     ]
     return Training(

@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -182,6 +183,42 @@ def qwen3() -> Qwen3ForCausalLM:
         max_position_embeddings=256,
     )
     return Qwen3ForCausalLM(config)
+
+
+@pytest.fixture(scope="session")
+def make_trl_trainer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """A real `trl.GRPOTrainer` on a model; it is given its rollouts, two micro-batches a step unless told."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    from rl.base.model import build_tokenizer
+
+    def make(model: Any, microbatches: int = 2) -> Any:
+        arguments = GRPOConfig(
+            output_dir=str(tmp_path_factory.mktemp("trl")),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=microbatches,
+            num_generations=2,
+            max_completion_length=5,
+            epsilon=0.2,
+            epsilon_high=0.28,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to=[],
+        )
+        trainer = GRPOTrainer(
+            model,
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            args=arguments,
+            train_dataset=Dataset.from_dict({"prompt": ["a", "b"]}),
+            processing_class=build_tokenizer([]),
+        )
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = microbatches
+        return trainer
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -155,6 +156,7 @@ def test_the_importance_weight_is_capped_above_only(old: float, sampler: float, 
     (gradient,) = torch.autograd.grad(loss, logps)
     assert loss.item() == gradient.item() == pytest.approx(-2 * weight)
     assert metrics["importance"] == pytest.approx(weight)
+    assert metrics["capped"] == (weight == 3)
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -186,38 +188,12 @@ def test_an_unknown_type_is_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def trl_trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def trl_trainer(make_trl_trainer: Callable[..., Any]) -> Any:
     """A real `trl.GRPOTrainer` on a tiny model; only its loss is used."""
-    from datasets import Dataset
     from transformers import Qwen2Config, Qwen2ForCausalLM
-    from trl import GRPOConfig, GRPOTrainer
-
-    from rl.base.model import build_tokenizer
 
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=1600, num_key_value_heads=1, **sizes))
-    args = GRPOConfig(
-        output_dir=str(tmp_path_factory.mktemp("trl")),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        num_generations=2,
-        max_completion_length=5,
-        epsilon=0.2,
-        epsilon_high=0.28,
-        use_cpu=True,
-        bf16=False,
-        report_to=[],
-    )
-    dataset = Dataset.from_dict({"prompt": ["a", "b"]})
-    trainer = GRPOTrainer(
-        model,
-        reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=args,
-        train_dataset=dataset,
-        processing_class=build_tokenizer([]),
-    )
-    trainer.model.train()
-    return trainer
+    return make_trl_trainer(Qwen2ForCausalLM(Qwen2Config(vocab_size=1600, num_key_value_heads=1, **sizes)))
 
 
 KINDS = [

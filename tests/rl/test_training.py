@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from rl.config import Config
+from rl.errors import write_atomically
 from rl.model import load_policy
 from rl.training import (
     RunFolder,
@@ -22,7 +23,6 @@ from rl.training import (
     make_optimizer,
     make_schedule,
     save_checkpoint,
-    write_atomically,
 )
 
 

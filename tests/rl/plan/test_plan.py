@@ -74,7 +74,7 @@ def test_tokens_operations_and_time_follow_the_recipe() -> None:
     assert large.memory == small.memory  # the micro-batch is the same
     assert large.rollout_s > small.rollout_s
     iterated = plan("grpo.num_iterations=3", "grpo.beta=0.1")
-    assert iterated.training.forward.needed == pytest.approx(6 * small.training.forward.needed)
+    assert iterated.training.forward.needed == pytest.approx(4 * small.training.forward.needed)
     assert iterated.training.backward.needed == pytest.approx(3 * small.training.backward.needed)
     spread = plan("grpo.volumes_per_step=16", "ray.num_workers=2", "ray.num_engines=2")
     assert spread.training.whole.needed == pytest.approx(large.training.whole.needed)
