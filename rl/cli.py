@@ -247,8 +247,8 @@ def launch(
 
 @app.command()
 def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Recipe; configs/ has some.")],
     overrides: Overrides = None,
-    config: ConfigFile = DEFAULT_CONFIG,
     peak_tflops: Annotated[
         float | None,
         typer.Option(metavar="N", help="Dense matrix product peak of a GPU that is not here, in TFLOP/s."),

@@ -43,7 +43,7 @@ ATTENTIONS = {"sdpa": "packed_tree", "flex": "packed_tree_flex"}
 
 @dataclass
 class Node:
-    """A stretch of tokens and what continues it. Leaves with `scored=True` are completions."""
+    """A stretch of tokens and what continues it. With `scored=True` it is a completion: text, and nothing follows."""
 
     token_ids: Sequence[int]
     positions_3_T: torch.Tensor | None = None
@@ -85,7 +85,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A forest of prefix trees as one flat sequence of L tokens with N scored completions of at most T tokens."""
+    """A forest of prefix trees as one flat sequence of L tokens with N scored completions of at most T tokens.
+
+    The completions come in the order of the sequence: those that continue a node before those further down.
+    """
 
     input_ids_L: torch.Tensor
     positions_3_L: torch.Tensor
@@ -117,8 +120,8 @@ def pack(roots: Sequence[Node], visual_token_id: int) -> PackedBatch:
     """Flatten trees into one sequence, parents before children.
 
     Raises:
-        ValueError: a scored root (nothing predicts its first token), an empty inner node, or a node whose
-            features do not match its visual tokens.
+        ValueError: a scored root (nothing predicts its first token), a scored node with children or features, an empty
+            inner node, or a node whose features do not match its visual tokens.
     """
     builder = _Builder(visual_token_id)
     builder.add_siblings(list(roots), path=[], next_position=0)
@@ -165,6 +168,8 @@ class _Builder:
         if node.scored:  # a visual token in a completion is one the model said: text
             if not path:
                 raise ValueError("a completion needs a prompt before it")
+            if node.children or node.positions_3_T is not None or node.features_V_H is not None:
+                raise ValueError("a completion is text and nothing continues it")
             self.completions.append((path[-1].span[-1], span))
         else:
             visual = [i for i, t in zip(span, node.token_ids, strict=True) if t == self.visual_token_id]
@@ -299,20 +304,35 @@ def _leave_unread_out(layer: Any) -> None:
     layer.mlp.register_forward_hook(lambda _, args, out: F.pad(out, (0, 0, layer.unread, 0)))
 
 
+def _require_plain_layers(config: Any, text_config: Any) -> None:
+    kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ValueError(f"layers that attend to all before them are packed, this model has {sorted(kinds)}")
+    if getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None):
+        raise ValueError(f"{config.model_type} adds visual features in further layers, which are not packed")
+
+
 class PackedPolicy(nn.Module):
     """A causal language model (with or without vision, with or without LoRA) that scores packed batches.
 
-    This module, not a part of it, is what `accelerator.prepare` must wrap: calling a submodule of a
-    data-parallel module skips gradient synchronisation without an error.
+    GRPO adds up the ranks' gradients itself (`rl.training.clip_gradients`). A data-parallel wrapper, such as that of
+    `accelerator.prepare`, must be given this module and be called: calling a part of it skips synchronisation without
+    an error.
+
+    The model is changed for good: the name of its attention, its MLPs' forward (`rl.gated`), hooks on the last layer.
+    It computes the same as before.
 
     Args:
         attention: "sdpa", one call per run of siblings, the reference; or "flex", one call (`rl.flex`).
+    Raises:
+        ValueError: a model whose layers look at a window of tokens, or take visual features besides the first.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, attention: str = "sdpa") -> None:
         super().__init__()
         self.model: Any = model
         self.attention = attention
+        _require_plain_layers(self.causal_lm.config, self.language_model.config)
         self.language_model.config._attn_implementation = ATTENTIONS[attention]
         _leave_unread_out(self.language_model.layers[-1])
         for layer in self.language_model.layers:
@@ -350,9 +370,11 @@ class PackedPolicy(nn.Module):
         else:
             scored = [checkpoint(self._score, *part, temperature, use_reentrant=False) for part in parts]
         logps_n, entropies_n = (torch.cat(x) for x in zip(*scored, strict=True))
-        out = torch.zeros(2, *batch.mask_N_T.shape, dtype=logps_n.dtype, device=logps_n.device)
-        logps_N_T = out[0].masked_scatter(batch.mask_N_T, logps_n)
-        return logps_N_T, out[1].masked_scatter(batch.mask_N_T, entropies_n)
+        nothing_N_T = logps_n.new_zeros(batch.mask_N_T.shape)
+        logps_N_T, entropies_N_T = (
+            nothing_N_T.masked_scatter(batch.mask_N_T, x) for x in (logps_n, entropies_n)
+        )
+        return logps_N_T, entropies_N_T
 
     def _predictors(self, batch: PackedBatch) -> torch.Tensor:
         """Hidden states [tokens, H] that predict the completion tokens, in row order."""

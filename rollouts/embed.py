@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import time
 from collections import deque
@@ -61,8 +62,8 @@ def embed_examples(
 ) -> dict[str, str]:
     """Put the features of all volumes in the cache; those that are there already are checked and kept.
 
-    A volume that cannot be read does not stop the others: it is named in the error at the end. To share the work among
-    processes, give each its own part of the volumes; one cache may serve all.
+    A volume that cannot be read does not stop the others: it is named in the error at the end. Several processes may
+    fill one cache: each takes the volumes in a random order and passes over what another has written meanwhile.
 
     Args:
         volumes: repeated ids are embedded once.
@@ -84,6 +85,7 @@ def embed_examples(
         if cache.get(key) is not None
     }
     remaining = [volume for name, volume in wanted.items() if name not in keys]
+    random.shuffle(remaining)
     volumes_at_once = _announce(wanted, remaining, tower, cache, view, storage, log)
 
     job = _Job(tower, cache, view, axes, storage, recipe, log)
@@ -110,7 +112,7 @@ def embed_examples(
             f"{job.encoded / seconds:.2f} volumes/s, {job.tokens / seconds:.0f} tokens/s"
         )
     if faults:
-        shown = "\n  ".join(faults[:10]) + ("\n  ..." if len(faults) > 10 else "")
+        shown = "\n  ".join(sorted(faults)[:10]) + ("\n  ..." if len(faults) > 10 else "")
         raise EmbedError(f"{len(faults)} of {len(wanted)} volumes could not be embedded:\n  {shown}")
     return keys
 

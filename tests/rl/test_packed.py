@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from rl.base.model import build_model, build_tokenizer
 from rl.packed import Node, PackedPolicy, pack
@@ -73,11 +74,11 @@ def random_forest(policy: PackedPolicy, shape: list[list[list[int]]]) -> list[No
     return roots
 
 
-def paths(node: Node, before: tuple[Node, ...] = ()) -> Iterator[tuple[Node, ...]]:
-    if node.scored:
-        yield (*before, node)
-    for child in node.children:
-        yield from paths(child, (*before, node))
+def paths(nodes: Sequence[Node], before: tuple[Node, ...] = ()) -> Iterator[tuple[Node, ...]]:
+    """From root to completion, in the order of `PackedBatch`."""
+    yield from ((*before, node) for node in nodes if node.scored)
+    for node in nodes:
+        yield from paths(node.children, (*before, node))
 
 
 def alone(policy: PackedPolicy, path: tuple[Node, ...], temperature: float = 1.0) -> torch.Tensor:
@@ -122,7 +123,7 @@ def test_packed_log_probabilities_and_gradients_equal_one_row_per_completion(
 
     logps_N_T, _ = policy(batch, temperature)
     got = torch.autograd.grad(logps_N_T.pow(2).sum(), trained)
-    rows = [alone(policy, path, temperature) for root in roots for path in paths(root)]
+    rows = [alone(policy, path, temperature) for path in paths(roots)]
     expected = torch.autograd.grad(torch.cat(rows).pow(2).sum(), trained)
 
     for row, logps in zip(rows, logps_N_T, strict=True):
@@ -179,19 +180,69 @@ def test_logits_in_parts_give_the_same_log_probabilities_entropies_and_gradients
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def test_plain_text_prompts_of_a_second_architecture_pack_the_same_way(qwen3: Qwen3ForCausalLM) -> None:
-    policy = PackedPolicy(deepcopy(qwen3).double())
-    root = Node(
-        [1, 2, 3], children=[Node([4, 5], children=[Node([6, 7, 8], scored=True), Node([9], scored=True)])]
-    )
-    logps, entropies = policy(pack([root], visual_token_id=-1))
+@pytest.fixture(scope="module")
+def text_policy(qwen3: Qwen3ForCausalLM) -> PackedPolicy:
+    """A second architecture, without pictures, its adapter's B not zero."""
+    lora = get_peft_model(deepcopy(qwen3), LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS))
+    torch.manual_seed(1)
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    for module in lora.modules():
+        if isinstance(module, Qwen3RMSNorm):
+            module.forward = functools.partial(norm_in_its_own_precision, module)
+    return PackedPolicy(lora)
+
+
+Shape = int | tuple[int, list]
+"""Tokens of a completion, or of an inner node and what continues it."""
+subtrees = st.recursive(
+    st.integers(0, 4),
+    lambda below: st.tuples(st.integers(1, 4), st.lists(below, min_size=1, max_size=3)),
+    max_leaves=8,
+)
+forests = st.lists(
+    st.tuples(st.integers(1, 4), st.lists(subtrees, min_size=1, max_size=3)), min_size=1, max_size=3
+)
+
+
+def grown(shape: Shape, first: int = 1) -> Node:
+    """A text tree; siblings differ in their tokens."""
+    length, below = (shape, []) if isinstance(shape, int) else shape
+    ids = [1 + (first + i) % 60 for i in range(length)]
+    children = [grown(child, first + 7 * (i + 1)) for i, child in enumerate(below)]
+    return Node(ids, children=children, scored=isinstance(shape, int))
+
+
+@settings(max_examples=25, deadline=None)
+@given(forest=forests, dtype=st.sampled_from([torch.float64, torch.float32]))
+def test_text_trees_of_any_depth_pack_the_same_way_in_a_second_architecture(
+    text_policy: PackedPolicy, forest: list[Shape], dtype: torch.dtype
+) -> None:
+    """To 1e-10 in float64; in float32 within 1e-5 of a log-probability and 1e-4 of a gradient's norm."""
+    off_logp, off_gradient = (1e-10, 1e-10) if dtype == torch.float64 else (1e-5, 1e-4)
+    policy, roots = text_policy.to(dtype), [grown(shape) for shape in forest]
+    rows = list(paths(roots))
+    assume(any(path[-1].token_ids for path in rows))
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    logps_N_T, _ = policy(pack(roots, visual_token_id=-1))
+    got = torch.autograd.grad(logps_N_T.pow(2).sum(), trained)
+
+    attention = policy.language_model.config._attn_implementation
     policy.language_model.config._attn_implementation = "sdpa"
-    for row, completion in enumerate(([6, 7, 8], [9])):
-        ids = torch.tensor([[1, 2, 3, 4, 5, *completion]])
-        full = F.log_softmax(policy.causal_lm(input_ids=ids, use_cache=False).logits[0], dim=-1)
-        expected = full[4:-1].gather(-1, ids[0, 5:, None]).squeeze(-1)
-        torch.testing.assert_close(logps[row, : len(completion)], expected, rtol=0, atol=1e-10)
-    assert (entropies[0] > 0).all()
+    expected = []
+    for path in rows:
+        ids, n = torch.tensor([t for node in path for t in node.token_ids]), len(path[-1].token_ids)
+        scores = F.log_softmax(policy.causal_lm(input_ids=ids[None], use_cache=False).logits[0], dim=-1)
+        expected.append(scores[len(ids) - n - 1 : -1].gather(-1, ids[len(ids) - n :, None]).squeeze(-1))
+    policy.language_model.config._attn_implementation = attention
+    for row, logps in zip(expected, logps_N_T, strict=True):
+        assert ((logps[: len(row)] - row).abs() <= off_logp * row.abs().clamp(min=1)).all()
+        assert not logps[len(row) :].any()
+    for a, b in zip(got, torch.autograd.grad(torch.cat(expected).pow(2).sum(), trained), strict=True):
+        assert float((a - b).norm()) <= off_gradient * max(
+            1e-3, float(b.norm())
+        )  # some are 0 but for rounding
 
 
 def test_features_that_do_not_match_the_visual_tokens_are_refused(policy: PackedPolicy) -> None:
@@ -206,6 +257,31 @@ def test_features_that_do_not_match_the_visual_tokens_are_refused(policy: Packed
 def test_a_completion_without_a_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="needs a prompt"):
         pack([Node([1, 2], scored=True)], visual_token_id=-1)
+
+
+def test_a_completion_that_goes_on_or_holds_a_volume_is_refused(policy: PackedPolicy) -> None:
+    for completion in (
+        Node([3], children=[Node([4], scored=True)], scored=True),
+        Node([3], positions_3_T=torch.zeros(3, 1, dtype=torch.long), scored=True),
+    ):
+        with pytest.raises(ValueError, match="a completion is text and nothing continues it"):
+            pack([Node([1, 2], children=[completion])], visual_token_id=-1)
+
+
+def test_models_that_the_tree_would_get_wrong_are_refused() -> None:
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    sizes |= {"num_key_value_heads": 1, "num_hidden_layers": 2, "head_dim": 8}
+    windowed = Qwen3Config(**sizes, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    with pytest.raises(ValueError, match=r"this model has .*sliding_attention"):
+        PackedPolicy(Qwen3ForCausalLM(windowed))
+    tower = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 8}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    deep = Qwen3VLConfig(
+        text_config={**sizes, "rope_parameters": rope},
+        vision_config={**tower, "deepstack_visual_indexes": [0]},
+    )
+    with pytest.raises(ValueError, match="qwen3_vl adds visual features in further layers"):
+        PackedPolicy(Qwen3VLForConditionalGeneration(deep))
 
 
 def test_a_visual_token_that_the_model_said_is_text(policy: PackedPolicy) -> None:

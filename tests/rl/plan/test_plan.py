@@ -51,7 +51,7 @@ def test_every_recipe_is_planned_without_weights_and_without_data(
     path: Path, cli: Cli, tmp_path: Path
 ) -> None:
     """Nor does it matter what lies where the tests are started, the run and the data of a demo say."""
-    result = cli("plan", "--config", path, *H200, f"run_dir={tmp_path}", f"data.root={tmp_path}/data")
+    result = cli("plan", path, *H200, f"run_dir={tmp_path}", f"data.root={tmp_path}/data")
     assert result.exit_code == 0, result.output
     config, geometry = load_config(path), vision_geometry(load_config(path).model.path)
     assert geometry is not None
@@ -228,7 +228,7 @@ def test_the_machine_at_hand_is_measured(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_machine_is_described_whole_or_not_at_all(refusal: Callable[..., str]) -> None:
-    given = ("plan", "--config", ONE_GPU)
+    given = ("plan", ONE_GPU)
     assert "--peak-tflops and --memory-gb together" in refusal(*given, "--peak-tflops", "989", code=2)
     assert "together" in refusal(*given, "--bandwidth-gbs", "4800", code=2)
     assert "--memory-gb is -1.0: it must be greater than 0" in refusal(
@@ -240,7 +240,7 @@ def test_without_a_gpu_the_plan_of_one_asks_for_its_numbers(
     refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert "--peak-tflops and --memory-gb (an H200: 989 and 141)" in refusal("plan", "--config", ONE_GPU)
+    assert "--peak-tflops and --memory-gb (an H200: 989 and 141)" in refusal("plan", ONE_GPU)
 
 
 def test_the_time_of_training_is_that_of_the_busiest_rank() -> None:
