@@ -34,7 +34,9 @@ def update_page(
     machine = f"{platform.machine()}, {psutil.cpu_count()} cores"
     known.setdefault(benchmark, {})[key] = {**cell, "machine": machine}
     write_atomically(figures, json.dumps(known, indent=1) + "\n")
-    text = _between(path.read_text(), benchmark, section(list(known[benchmark].values())), path)
+    cells = list(known[benchmark].values())
+    machines = "; ".join(sorted({cell["machine"] for cell in cells}))
+    text = _between(path.read_text(), benchmark, f"{section(cells)}\n\nMeasured on {machines}.", path)
     if {"train_step", "rollout_speed"} <= known.keys():
         text = _between(text, "iterations", iterations(known), path)
     write_atomically(path, text)
@@ -48,7 +50,7 @@ def iterations(known: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     trained = known["train_step"].get("2000-8")
     for questions in (1, 4):
-        sampled = known["rollout_speed"].get(f"2000-{questions}-on")
+        sampled = known["rollout_speed"].get(f"2000-8-2-{questions}-on")
         if trained and sampled:
             seconds = [
                 median(sampled["seconds"][engine]) / sampled["volumes"]

@@ -9,9 +9,9 @@ questions about the same number of visual tokens with completions of at most 96 
     features   `rollouts.VllmEngine`: the vision tower has run once, before training; a question is one request
     pictures   vLLM's own `LLM.generate`: slices as pictures, every sample a request of its own, in random order
 
-both with vLLM's prefix and multimodal caches on, and off. Each repetition is a new training step: new volumes and a
-new adapter, so that no cache is warm from the last. The share of decoding is what remains when only the first token
-is sampled. Ratios are formed within a repetition.
+both with vLLM's prefix and multimodal caches on, and off. No volume is shown twice, and each repetition is a new
+training step with a new adapter, so that no cache is warm from the last. The share of decoding is what remains when
+only the first token is sampled. Ratios are formed within a repetition.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def features(
     from rollouts import vllm_engine
     from rollouts.types import Prompt, Sampling, VolumeFeatures
 
-    vllm_engine._FIXED_OPTIONS["enable_prefix_caching"] = caches  # a run never turns it off
+    if not caches:  # a run never turns them off
+        vllm_engine._FIXED_OPTIONS |= {"enable_prefix_caching": False, "mm_processor_cache_gb": 0}
     engine = vllm_engine.VllmEngine(base, max_model_len=10_000, kv_cache_gib=KV_CACHE_GIB)
     engine.wait_until_ready()
 
@@ -137,8 +138,8 @@ def pictures(
                     "prompt_token_ids": [*volume.token_ids(1), *question],
                     "multi_modal_data": {"image": shown},
                 }
-                for sample in range(generations):
-                    seed = 1000 * volume.seed + len(requests) + sample
+                for _ in range(generations):
+                    seed = 100_000 * volume.seed + len(requests)
                     requests.append(
                         (prompt, SamplingParams(temperature=1.0, max_tokens=tokens, seed=seed, logprobs=0))
                     )
@@ -160,28 +161,31 @@ def measure(
 ) -> dict[str, Any]:
     """Seconds of each arm, repetition by repetition; the first, in which kernels are loaded, is not counted."""
     cell: dict[str, Any] = {"visual_tokens": visual_tokens, "volumes": volumes, "questions": questions}
-    cell |= {key: {name: [] for name in arms} for key in ("seconds", "first_token", "tokens")}
+    cell |= {key: {name: [] for name in arms} for key in ("seconds", "first_token", "tokens", "hit_rate")}
     for repetition in range(repetitions + 1):
         for name, arm in arms.items():
             for key, length in (("seconds", COMPLETION_TOKENS), ("first_token", 1)):
-                shown = [Volume(visual_tokens, 1000 * repetition + 100 * length + i) for i in range(volumes)]
+                seed = 100_000 * questions + 1000 * repetition + 100 * (key == "seconds")
+                shown = [Volume(visual_tokens, seed + i) for i in range(volumes)]
                 timed = arm.ask(shown, questions, length)
                 if repetition:
                     cell[key][name].append(timed.seconds)
                 if repetition and key == "seconds":
-                    tokens, cell[f"hit_rate of {name}"] = timed.result
-                    cell["tokens"][name].append(tokens)
+                    for what, value in zip(("tokens", "hit_rate"), timed.result, strict=True):
+                        cell[what][name].append(value)
     return cell
 
 
 def section(cells: Sequence[dict[str, Any]]) -> str:
     """The cells as a table."""
     lines = [
-        "| visual tokens | volumes | questions each | caches | arm | seconds | time of pictures / its own | decoding |",
-        "|---|---|---|---|---|---|---|---|",
+        "| visual tokens | volumes | questions | G | caches | arm | seconds | pictures' time / its own | decoding |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for cell in sorted(cells, key=lambda c: (c["visual_tokens"], c["questions"], c["caches"] == "off")):
-        work = f"{cell['visual_tokens']:,} | {cell['volumes']} | {cell['questions']} | {cell['caches']}"
+    for cell in cells:
+        work = " | ".join(
+            str(cell[key]) for key in ("visual_tokens", "volumes", "questions", "generations", "caches")
+        )
         for name, seconds in cell["seconds"].items():
             ratios = [p / s for p, s in zip(cell["seconds"]["pictures"], seconds, strict=True)]
             decoding = np.median([1 - f / s for f, s in zip(cell["first_token"][name], seconds, strict=True)])
@@ -190,7 +194,7 @@ def section(cells: Sequence[dict[str, Any]]) -> str:
                 f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {decoding:.0%} |"
             )
     rates = ", ".join(
-        f"{cell['hit_rate of features']:.1%} with {cell['questions']} questions a volume"
+        f"{np.mean(cell['hit_rate']['features']):.1%} with {cell['questions']} questions a volume"
         for cell in cells
         if cell["caches"] == "on"
     )
@@ -225,10 +229,10 @@ def main() -> None:
         }
         for questions in options.questions:
             sizes = options.visual_tokens, options.volumes, questions, options.repetitions
-            cell = {"caches": caches, **measure(arms, *sizes)}
+            cell = {"caches": caches, "generations": options.generations, **measure(arms, *sizes)}
             print(section([cell]), flush=True)
             if options.out:
-                key = f"{options.visual_tokens}-{questions}-{caches}"
+                key = f"{options.visual_tokens}-{options.generations}-{options.volumes}-{questions}-{caches}"
                 update_page(options.out, "rollout_speed", key, cell, section)
         for arm in arms.values():
             arm.stop()

@@ -189,18 +189,20 @@ def rows_of(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
 def tree_flops(model: PeftModel, work: Work) -> float:
     """Floating-point operations of the packed step: what is masked is not counted, nor is anything twice.
 
-    The base is frozen: a weight costs 2 forward and 2 backward for each token, an adapter's weight 6. A pair of
-    attending tokens costs 4 d forward and 8 d backward for each head. Of the last layer, the volume's tokens need keys
-    and values alone.
+    A weight costs 2 forward, 2 for the gradient of its input and, in an adapter, 2 for its own, for each token. Nothing
+    needs the gradient of the first layer's input. A pair of attending tokens costs 4 d forward and 8 d backward for
+    each head. Of the last layer, the volume's tokens need keys and values alone.
     """
     text = model.get_base_model().config.text_config
-    last_mlp = f"layers.{text.num_hidden_layers - 1}.mlp."
+    first, last = "layers.0.self_attn.", f"layers.{text.num_hidden_layers - 1}."
+    keys = ("k_proj", "v_proj")
     weight = left_out = 0
     for name, p in model.named_parameters():
         if "language_model.layers" in name and p.dim() == 2:
-            cost = (6 if "lora_" in name else 4) * p.numel()
+            reads_input = first in name and "o_proj" not in name and "lora_B" not in name
+            cost = (2 + 2 * (not reads_input) + 2 * ("lora_" in name)) * p.numel()
             weight += cost
-            left_out += cost if last_mlp in name else 0
+            left_out += cost if last in name and not any(key in name for key in keys) else 0
     volume, q, t = len(work.volume_ids), QUESTION_TOKENS, work.completion_tokens
     n = work.questions * work.generations
     tokens = volume + work.questions * q + n * t
@@ -223,7 +225,8 @@ ARMS: dict[str, Callable[..., Forward]] = {
 
 
 def make_step(arm: str, threads: int, *work: Any) -> Callable[[str], Any]:
-    """A function that takes the arm's step ("step"), or returns its loss and adapter gradients ("gradients")."""
+    """A function that takes the arm's step ("step"), returns its loss and adapter gradients ("gradients"), or tells
+    where the time of a step goes ("profile")."""
     torch.set_num_threads(threads)
     return answers(arm, build_model(), *work)
 
@@ -235,6 +238,8 @@ def answers(arm: str, model: PeftModel, *work: Any) -> Callable[[str], Any]:
     forward = ARMS[arm](model, *work)
 
     def answer(request: str) -> Any:
+        if request == "profile":
+            return shares_of_time(partial(answer, "step"))
         loss = forward()
         gradients = {name: p.grad.clone() for name, p in adapter.items()} if request == "gradients" else {}
         if request == "step":
@@ -243,3 +248,23 @@ def answers(arm: str, model: PeftModel, *work: Any) -> Callable[[str], Any]:
         return loss, gradients
 
     return answer
+
+
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "attention": ("aten::_scaled_dot_product",),
+    "copies": ("aten::copy_", "aten::cat", "aten::index", "aten::gather", "aten::fill_", "aten::zero_"),
+}
+"""How the names of torch's operations begin."""
+
+
+def shares_of_time(step: Callable[[], Any]) -> dict[str, float]:
+    """Kind of operation -> its share of the time of all operations of a step, the rest last; on the CPU."""
+    with torch.profiler.profile() as profiled:
+        step()
+    spent = dict.fromkeys([*KINDS, "rest"], 0.0)
+    for event in profiled.key_averages():
+        if event.key.startswith("aten::"):
+            kind = next((kind for kind, names in KINDS.items() if event.key.startswith(names)), "rest")
+            spent[kind] += event.self_cpu_time_total
+    return {kind: time / sum(spent.values()) for kind, time in spent.items()}

@@ -239,6 +239,19 @@ def test_groups_without_signal_make_room_for_other_questions(
     assert make_trainer(rounds).step(0)["groups_drawn"] >= len(before)
 
 
+@pytest.mark.slow
+def test_groups_of_several_draws_are_scaled_by_the_spread_of_those_that_are_kept(
+    workshop: Path, make_trainer: MakeTrainer
+) -> None:
+    picky = f"rewards.components=[{{name: '{workshop}/variety.py:picky'}}]"
+    trainer = make_trainer(picky, "grpo.resample_rounds=3", "grpo.scale_rewards=batch")
+    scored, drawn = trainer._scored_groups(1, Stopwatch())
+    assert drawn > len(scored)
+    rewards_B_G = torch.tensor([[row.total for row in s.rows] for s in scored])
+    expected = group_advantages(rewards_B_G, "batch")
+    torch.testing.assert_close(torch.stack([s.advantages_G for s in scored]), expected)
+
+
 def test_groups_without_signal_are_left_out_without_changing_the_gradient(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -472,7 +485,7 @@ def test_in_bfloat16_the_adapter_is_float32_and_importance_is_corrected(
     assert {p.dtype for p in trainable(trainer.policy)} == {torch.float32}
     assert trainer.policy.language_model.dtype == torch.bfloat16
     record = trainer.step(0)
-    assert set(record) == KEYS | {"importance_ratio"}
+    assert set(record) == KEYS | {"importance_ratio", "importance_capped"}
     assert record["importance_ratio"] == pytest.approx(1, abs=0.05)
     assert 0 < record["agreement/mean"] < 0.1
     engine.close()

@@ -66,3 +66,4 @@ def test_the_loop_runs_against_vllm_in_an_actor(launch: Callable[..., str], tmp_
     records = _records(tmp_path / "run")
     assert [r["step"] for r in records] == [1, 2]
     assert all(r["agreement/max"] < 1e-3 for r in records)
+    assert all(r["prefix_hit_rate"] > 0 for r in records)
