@@ -73,6 +73,7 @@ def test_the_gpu_benchmark_runs_without_one_and_keeps_its_page(tmp_path: Path) -
     assert all(share > 0 for share in cell["utilisation"]["packed-4"])
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_needs_none_of_the_project_s_larger_dependencies() -> None:
     """A GPU machine that has torch, transformers, peft and accelerate is enough."""
     absent = ("omegaconf", "tensorboard", "trl", "vllm", "ray", "datasets", "polars", "nibabel")

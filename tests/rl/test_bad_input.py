@@ -223,6 +223,7 @@ def files_no_larger_than(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_an_adapter_is_written_costs_nothing_that_was_finished(
     workshop: Path, tmp_path: Path, words: list[str | Path], cli: Cli, refusal: Refusal
 ) -> None:

@@ -437,6 +437,7 @@ def test_an_overlapped_run_trains_on_what_the_weights_before_the_last_update_sai
     assert abs(third["importance_ratio"] - 1) > 1e-4
 
 
+@pytest.mark.slow
 def test_rollouts_of_one_update_ago_weigh_by_how_much_likelier_they_have_become(
     make_trainer: MakeTrainer,
 ) -> None:
@@ -491,6 +492,7 @@ def test_in_bfloat16_the_adapter_is_float32_and_importance_is_corrected(
     engine.close()
 
 
+@pytest.mark.slow
 def test_each_step_asks_something_else_and_is_reproducible(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer()
 

@@ -238,6 +238,7 @@ def test_an_imported_run_is_on_the_same_items_as_ours(
         check_same_items(evaluate_baselines(config, tmp_path / "strict")["baseline"], theirs)
 
 
+@pytest.mark.slow
 def test_the_command_scores_and_compare_takes_the_run_by_its_name(
     recipe: Path,
     examples: list[Example],

@@ -48,6 +48,7 @@ def text_positions(token_ids: tuple[int, ...], *_: object, **__: object) -> torc
     return torch.arange(len(token_ids)).expand(3, -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["adapter", "temperature", "positions", "embeddings"])
 def test_a_planted_fault_stops_the_run_before_the_first_update_and_is_named(
     make_config: Callable[..., Config],

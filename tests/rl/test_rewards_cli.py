@@ -49,6 +49,7 @@ def test_questions_are_listed_and_shown_in_full(cli: Cli, refusal: Refusal) -> N
     assert "numbered 1 to 69, got 70" in refusal("rewards", "questions", "--id", "70", code=2)
 
 
+@pytest.mark.slow
 def test_a_new_reward_and_its_test_pass_as_they_stand(tmp_path: Path, cli: Cli, refusal: Refusal) -> None:
     file = tmp_path / "near_enough.py"
     result = cli("rewards", "new", file)
@@ -153,6 +154,7 @@ def test_one_completion_is_explained(
     assert "fewer than 9 lines" in refusal(*words, "--line", "9", code=2)
 
 
+@pytest.mark.slow
 def test_a_run_is_replayed_under_other_rewards(
     config: Config, engine: Engine, accelerator: Accelerator, tmp_path: Path, cli: Cli, refusal: Refusal
 ) -> None:

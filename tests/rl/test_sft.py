@@ -56,6 +56,7 @@ def test_each_token_of_the_completion_counts_and_no_token_of_the_prompt(
     assert -logps_N_T.sum().item() == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_adapter_of_the_best_epoch_is_kept_and_patience_ends_the_run(
     make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:

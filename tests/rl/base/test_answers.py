@@ -57,6 +57,7 @@ def test_every_answered_token_knows_where_its_finding_is_named(trainer: Language
     assert len(quiz.said) == 1 + FULL
 
 
+@pytest.mark.slow
 def test_a_token_tells_a_grade_in_lookups_in_reasoning_and_in_the_digits_of_short_answers(
     trainer: LanguageTrainer,
 ) -> None:

@@ -110,6 +110,7 @@ def test_what_cannot_be_compared_is_refused_in_words(runs, refusal, words, messa
     assert message.format(**places) in refusal("compare", *given, *settings)
 
 
+@pytest.mark.slow
 def test_the_command_compares_seeds_and_further_arms(runs, tmp_path, cli):
     settings = [f"data.root={runs}", f"run_dir={tmp_path}", "compare.bootstrap_draws=50"]
     arms = [arm(runs, name) for name in ("base", "SFT", "GRPO")]

@@ -398,6 +398,7 @@ def test_without_a_key_nothing_is_asked(
     assert not endpoint.bodies
 
 
+@pytest.mark.slow
 def test_the_command_puts_a_served_model_into_the_tables_and_compares_it(
     endpoint: Endpoint,
     workshop: Path,
