@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -22,6 +23,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from rl.config import RayConfig
 from rl.placement import Node, PlacementError, requested, this_machine
 
+CONNECTION_TIMEOUT_S = 10.0
 DRIVER_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints are forwarded by rl.terminal
@@ -55,8 +57,10 @@ def cluster(settings: RayConfig) -> Iterator[Path | None]:
     before = set(_descendants())
     try:
         try:
+            if settings.address not in ("", "auto"):
+                _require_answer(settings.address)
             ray.init(**options)
-        except ConnectionError as error:
+        except OSError as error:
             raise PlacementError(
                 f"ray.address is {settings.address!r}: no cluster answers there ({error})"
             ) from error
@@ -68,6 +72,19 @@ def cluster(settings: RayConfig) -> Iterator[Path | None]:
         if temporary:
             _end(started)
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _require_answer(address: str) -> None:
+    """A connection to the cluster's head, for Ray itself looks for one for a quarter of an hour.
+
+    Raises:
+        PlacementError: not HOST:PORT.
+        OSError: nothing answers within `CONNECTION_TIMEOUT_S`.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        raise PlacementError(f"ray.address is {address!r}: write it as HOST:PORT, or auto")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECTION_TIMEOUT_S).close()
 
 
 def _descendants() -> list[psutil.Process]:

@@ -13,8 +13,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from rewards.suite import RewardRow
-from rl.errors import staged
 from rl.microbatch import GroupTokens, within_budget
+from rl.parquet import write_parquet
 from rl.task import Task
 from rollouts.types import Group
 
@@ -81,8 +81,7 @@ def completion_table(records: Sequence[Record], components: Iterable[str]) -> pl
 def write_completions(path: Path, table: pl.DataFrame) -> None:
     """Write `path` (parquet), complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with staged(path) as staging:
-        table.write_parquet(staging)
+    write_parquet(path, table)
 
 
 def reward_metrics(table: pl.DataFrame) -> dict[str, float]:

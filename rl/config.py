@@ -18,7 +18,7 @@ from rl.config_keys import unknown_keys
 from rl.config_layers import ConfigError, in_one_line, read_file, read_override
 from rl.config_openai import OpenAIConfig
 from rl.config_rewards import RewardsConfig
-from rl.errors import staged
+from rl.errors import write_atomically
 
 
 @dataclass
@@ -381,8 +381,7 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config as YAML, under a temporary name first."""
-    with staged(path) as staging:
-        staging.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+    write_atomically(path, yaml.safe_dump(asdict(config), sort_keys=False))
 
 
 def _refuse_unknown_keys(layer: Any, origin: str) -> None:

@@ -46,6 +46,8 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 """Fields that take one of a few words."""
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Linear layers of Qwen2.5-VL's language model."""
 MAY_BE_ZERO = frozenset(
     {
         *("seed", "phantom.seed", "base.seed", "view.window_low", "model.lora.dropout"),
@@ -121,13 +123,18 @@ def _choices(config: Config) -> Iterator[str]:
 
 def _signs(config: Config) -> Iterator[str]:
     for name, value in _numbers(config, ""):
-        if name in MAY_BE_ZERO and not value >= 0:
+        if not math.isfinite(value):
+            yield f"{name} is {value}: it must be a finite number"
+        elif name in MAY_BE_ZERO and not value >= 0:
             yield f"{name} is {value}: it must not be negative"
         elif name not in MAY_BE_ZERO and not value > 0:
             yield f"{name} is {value}: it must be greater than 0"
 
 
 def _data(config: Config) -> Iterator[str]:
+    for field in ("run_dir", "data.root", "embed.cache_dir"):
+        if not _value(config, field).strip():
+            yield f"{field} is empty: name a folder"
     ids = config.data.question_ids
     unknown = [i for i in ids if i not in QUESTION_IDS]
     if unknown:
@@ -174,6 +181,8 @@ def _model(config: Config) -> Iterator[str]:
         yield f"model.lora.dropout is {config.model.lora.dropout}: it must be in [0, 1)"
     if not config.model.lora.target_modules:
         yield "model.lora.target_modules is empty: nothing would be trained"
+    if unknown := sorted(set(config.model.lora.target_modules) - {*PROJECTIONS}):
+        yield f"model.lora.target_modules has {unknown}: the language model's layers have {', '.join(PROJECTIONS)}"
     if config.model.attention == "flex" and config.model.device == "cpu":
         yield "model.attention is 'flex' with model.device 'cpu', where torch cannot train with it: use 'sdpa'"
     if not 0 < config.engine.gpu_memory_utilization <= 1:

@@ -15,7 +15,7 @@ import torch
 from torch.utils._triton import has_triton
 
 from rl.config import ConfigError
-from rl.errors import staged
+from rl.errors import write_atomically
 
 PACKAGES = (
     "reasonknee-rl",
@@ -110,8 +110,7 @@ def write_environment(folder: Path, seed: int | None = None) -> Path:
     """Write `environment.json` into a run's folder (atomically) and return its path."""
     path = folder / "environment.json"
     folder.mkdir(parents=True, exist_ok=True)
-    with staged(path) as staging:
-        staging.write_text(json.dumps(describe_environment(seed), indent=2) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(describe_environment(seed), indent=2) + "\n")
     return path
 
 

@@ -41,13 +41,21 @@ def writing(path: Path) -> Iterator[None]:
 def staged(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to, which becomes `path` at the end: complete or not at all."""
     staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    yield staging
-    staging.replace(path)
+    try:
+        yield staging
+        staging.replace(path)
+    except BaseException:  # nothing is hidden: what is half written goes, the error stays
+        staging.unlink(missing_ok=True)
+        raise
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write to a temporary name, then rename, so that a full disk or a kill leaves the old file."""
-    with staged(path) as staging:
+    """Write to a temporary name, then rename, so that a full disk or a kill leaves the old file.
+
+    Raises:
+        WriteError: as `writing`.
+    """
+    with writing(path), staged(path) as staging:
         staging.write_text(text, encoding="utf-8")
 
 

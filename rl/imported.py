@@ -17,7 +17,7 @@ from rl.choices import reader_of, split_of
 from rl.config import Config, ConfigError
 from rl.data.examples import Examples, load_examples
 from rl.data.results import Entry, Results, ResultsError, read_results
-from rl.errors import staged
+from rl.errors import write_atomically
 from rl.evaluate import limited
 from rl.stages import move_aside
 
@@ -103,8 +103,7 @@ def import_results(config: Config, name: str, paths: Sequence[Path]) -> Imported
     if folder.exists():
         move_aside(Path(config.run_dir), "imported", [folder])
     folder.mkdir(parents=True)
-    with staged(folder / IMPORT_FILE) as staging:
-        staging.write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
+    write_atomically(folder / IMPORT_FILE, json.dumps(notes, indent=1) + "\n")
     return Imported(write_run(folder, rows, meta), folder, notes)
 
 

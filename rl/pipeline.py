@@ -25,7 +25,7 @@ from rl.controls import continue_sft, train_on_best_of_g
 from rl.data.boxes import parse_convention
 from rl.data.check import require_best_convention
 from rl.data.examples import load_examples
-from rl.data.layout import SPLITS, read_split, split_file
+from rl.data.layout import SPLITS, data_root, read_split, split_file
 from rl.data.phantom.dataset import write_phantom
 from rl.engine import start_engine
 from rl.environment import pick_device
@@ -71,10 +71,13 @@ def run_base(config: Config, progress: StageProgress) -> str:
 def run_embed(config: Config, progress: StageProgress) -> str:
     """Every volume of the three splits through the vision tower, once."""
     compute, storage = feature_dtypes(config)
+    root = data_root(config)
+    if not any(split_file(root, split).exists() for split in SPLITS):
+        read_split(root, "train")  # says which file is missing
     volumes = [
         volume
         for split in SPLITS
-        if split_file(Path(config.data.root), split).exists()
+        if split_file(root, split).exists()
         for volume in load_examples(config, split).volumes().values()
     ]
     keys = embed_examples(

@@ -183,7 +183,7 @@ def replay(
     import polars as pl
 
     from rl.config_check import load_valid
-    from rl.errors import staged, writing
+    from rl.parquet import write_parquet
     from rl.replay import replay as run_again
 
     result = run_again(run, load_valid(config, overrides or [], needs_model=False))
@@ -207,8 +207,7 @@ def replay(
             f"mean rank correlation {agreement:.3f}"
         )
     if out is not None:
-        with writing(out), staged(out) as staging:
-            result.table.write_parquet(staging)
+        write_parquet(out, result.table)
         console.print(f"every completion: {out}", markup=False, soft_wrap=True)
 
 

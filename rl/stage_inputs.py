@@ -182,9 +182,9 @@ def _content_at(path: Path, size: int, modified_ns: int) -> str:
 
 
 def _stamp(path: Path, modified: bool) -> tuple[int, int]:
-    """Size, and time of modification if asked for; -1 for a missing file."""
+    """Size, and time of modification if asked for; -1 for what is no file, a link in a circle say."""
     try:
         stat = path.stat()
-    except FileNotFoundError:
+    except OSError:
         return -1, 0
     return stat.st_size, stat.st_mtime_ns if modified else 0

@@ -28,7 +28,7 @@ from rl.config import Config, ConfigError, save_config
 from rl.config_check import TRAINED_RUNS
 from rl.data.layout import Split
 from rl.data.phantom.marker import refuse_other_data
-from rl.errors import staged
+from rl.errors import write_atomically
 from rl.progress import StageProgress, clock
 from rl.quiet import quiet_bars
 from rl.stage_inputs import Inputs
@@ -193,8 +193,7 @@ def read_record(path: Path) -> tuple[Inputs | None, bool]:
 def write_record(path: Path, now: Inputs, *, done: bool, seconds: float) -> None:
     """What a stage or a benchmark run is made from, on disk."""
     record = {"done": done, "seconds": round(seconds, 1), **asdict(now)}
-    with staged(_made(path.parent) / path.name) as staging:
-        staging.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_atomically(_made(path.parent) / path.name, json.dumps(record, indent=2) + "\n")
 
 
 def _made(folder: Path) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -32,6 +33,10 @@ OnMetrics = Callable[[dict[str, float]], None]
 
 class DivergedError(ReasonKneeError, FloatingPointError):
     """A loss, gradient or weight is no longer a finite number."""
+
+
+class CheckpointError(ReasonKneeError, ValueError):
+    """A checkpoint cannot be gone on from; the message names it and the remedy."""
 
 
 def make_optimizer(
@@ -171,14 +176,23 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def load_optimizer(checkpoint: Path, optimizer: Optimizer, schedule: LambdaLR) -> dict[str, Any]:
-    """Restore optimizer and schedule; returns the checkpoint's state (`step` and extras)."""
-    saved: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    """Restore optimizer and schedule; returns the checkpoint's state (`step` and extras).
+
+    Raises:
+        CheckpointError: files that are missing, damaged, or of another adapter.
+    """
     moments: dict[int, dict[str, torch.Tensor]] = {}
-    for key, x in load_file(checkpoint / OPTIMIZER).items():
-        parameter, name = key.split(".")
-        moments.setdefault(int(parameter), {})[name] = x
-    optimizer.load_state_dict({"state": moments, "param_groups": saved["param_groups"]})
-    schedule.load_state_dict(saved["schedule"])
+    try:
+        saved: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        for key, x in load_file(checkpoint / OPTIMIZER).items():
+            parameter, name = key.split(".")
+            moments.setdefault(int(parameter), {})[name] = x
+        optimizer.load_state_dict({"state": moments, "param_groups": saved["param_groups"]})
+        schedule.load_state_dict(saved["schedule"])
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} cannot be used ({error}); delete it, and this stage starts from its beginning"
+        ) from error
     return saved
 
 

@@ -72,7 +72,7 @@ def check_adapter(folder: Path, linears: LinearShapes, max_rank: int | None = No
         AdapterError: missing file, unsupported kind of adapter, foreign, missing, misshapen or non-finite tensor.
     """
     config = _read_config(folder)
-    rank = int(config["r"])
+    rank = config["r"]
     if max_rank is not None and rank > max_rank:
         raise AdapterError(
             f"adapter {folder}: rank {rank}, but the engine was started for at most {max_rank}"
@@ -114,6 +114,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for name in ("r", "lora_alpha", "target_modules"):
         if not config.get(name):
             raise AdapterError(f"{path}: {name} is missing")
+    if type(config["r"]) is not int or type(config["lora_alpha"]) not in (int, float):
+        raise AdapterError(
+            f"{path}: r is {config['r']!r} and lora_alpha {config['lora_alpha']!r}; an integer and a number are needed"
+        )
     # vLLM either ignores these silently or cannot serve them
     for name, plain in (("bias", "none"), ("use_dora", False), ("fan_in_fan_out", False)):
         if config.get(name, plain) != plain:

@@ -88,8 +88,8 @@ def read_volume(path: str | Path) -> Volume:
     """Read a NIfTI file.
 
     Raises:
-        VolumeError: missing, unreadable or truncated file, not three axes, no voxels, no voxel size, NaN or infinite
-            values.
+        VolumeError: missing, unreadable or truncated file, not three axes, no voxels, no plain numbers, no voxel size,
+            NaN or infinite values.
     """
     path = Path(path)
     require_file(path)
@@ -99,6 +99,9 @@ def read_volume(path: str | Path) -> Volume:
     # checked before the data is touched: a 4D series may be larger than memory
     if len(shape) != 3:
         raise VolumeError(f"volume {path} has {len(shape)} axes {shape}, expected 3; extract one 3D volume")
+    kind = image.get_data_dtype()
+    if kind.kind not in "iuf":
+        raise VolumeError(f"volume {path} holds {kind} values; save it as plain integers or real numbers")
     if 0 in shape:
         raise VolumeError(f"volume {path} has no voxels: shape {shape}; export it again")
     with _named_errors(path):
@@ -117,7 +120,7 @@ def _named_errors(path: Path) -> Iterator[None]:
     """What nibabel raises on damaged headers and truncated or corrupted data, as a VolumeError."""
     try:
         yield
-    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
+    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, MemoryError, zlib.error) as error:
         raise VolumeError(
             f"volume {path} cannot be read as NIfTI ({error}); copy or download it again"
         ) from error

@@ -24,7 +24,8 @@ from rewards.errors import ReasonKneeError
 from rewards.ontology import QUESTIONS
 from rewards.types import Example, ReaderMode, Truth, VolumeRef
 from rl.bench.meta import RunMeta
-from rl.errors import staged
+from rl.errors import write_atomically
+from rl.parquet import write_parquet
 
 ANSWERS_FILE = "answers.parquet"
 META_FILE = "run.json"
@@ -213,10 +214,8 @@ def write_run(folder: Path, rows: Iterable[AnswerRow], meta: RunMeta) -> BenchRu
     run = make_run(rows, meta)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / META_FILE).unlink(missing_ok=True)
-    with staged(folder / ANSWERS_FILE) as staging:
-        run.answers.write_parquet(staging)
-    with staged(folder / META_FILE) as staging:
-        staging.write_text(json.dumps(asdict(run.meta), indent=2) + "\n", encoding="utf-8")
+    write_parquet(folder / ANSWERS_FILE, run.answers)
+    write_atomically(folder / META_FILE, json.dumps(asdict(run.meta), indent=2) + "\n")
     return run
 
 

@@ -28,7 +28,8 @@ from rl.bench.metrics import Graded, Tables, grade_histogram, on_equal_terms, ta
 from rl.bench.samples import Sample, choose, make_sample, reward_suites
 from rl.bench.views import TableView, all_views
 from rl.config_rewards import RewardsConfig
-from rl.errors import staged
+from rl.errors import write_atomically
+from rl.parquet import write_parquet
 
 REPORT_FILE = "report.html"
 
@@ -86,14 +87,14 @@ def write_report(
         )
     )
     out_dir.mkdir(parents=True, exist_ok=True)
-    _write(out_dir / "tables.md", _tables_md([*views, *differences], by_run, comparisons))
-    _write(out_dir / "tables.tex", "\n".join(latex(view) for view in [*views, *differences]))
+    write_atomically(out_dir / "tables.md", _tables_md([*views, *differences], by_run, comparisons))
+    write_atomically(out_dir / "tables.tex", "\n".join(latex(view) for view in [*views, *differences]))
     _write_samples(out_dir / "samples.parquet", runs, graded)
-    _write(
+    write_atomically(
         out_dir / "results.json",
         json.dumps(_results(by_run, comparisons), indent=2, ensure_ascii=False) + "\n",
     )
-    _write(out_dir / REPORT_FILE, html)
+    write_atomically(out_dir / REPORT_FILE, html)
     return out_dir / REPORT_FILE
 
 
@@ -251,10 +252,4 @@ def _write_samples(path: Path, runs: Mapping[str, BenchRun], graded: Mapping[str
         answered = run.answers.select("example_id", "truth_grades", "truth_bbox", "completion")
         items = graded[name].items.join(answered, on="example_id", how="left", maintain_order="left")
         frames.append(items.select(pl.lit(name).alias("run"), pl.all()))
-    with staged(path) as staging:
-        pl.concat(frames).write_parquet(staging)
-
-
-def _write(path: Path, text: str) -> None:
-    with staged(path) as staging:
-        staging.write_text(text, encoding="utf-8")
+    write_parquet(path, pl.concat(frames))

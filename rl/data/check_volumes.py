@@ -13,7 +13,7 @@ from rich.progress import track
 
 from rl.data.boxes import Extent, region_extents
 from rl.data.layout import DataError, Fault, SplitRow
-from rl.data.nifti import Header, inspect_volume, read_header
+from rl.data.nifti import Header, check_mask_header, inspect_volume, read_header
 
 
 @dataclass
@@ -60,14 +60,13 @@ def _read_header(root: Path, row: SplitRow) -> CheckedVolume:
         volume.header = read_header(root / row.image, row.place)
     except DataError as error:
         volume.faults.append(error)
-    if row.mask is None:
-        volume.faults.append(_unnamed_mask(row))
-    elif not (root / row.mask).is_file():
-        volume.faults.append(
-            DataError(
-                Fault.MISSING_MASK, f"{row.place}: {root / row.mask} does not exist; place the file there"
-            )
-        )
+    try:
+        if row.mask is None:
+            raise _unnamed_mask(row)
+        if volume.header is not None:
+            check_mask_header(root / row.mask, root / row.image, row.place)
+    except DataError as error:
+        volume.faults.append(error)
     return volume
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import csv
 import json
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TextIO, get_args
 
 from rewards.errors import ReasonKneeError
 from rewards.matching import match_question
@@ -171,11 +171,11 @@ def scan_split(root: Path, split: Split) -> tuple[list[SplitRow], list[DataError
     errors: list[DataError] = []
     lines_of: dict[str, int] = {}
     with file.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.reader(stream)
-        _check_header(file, tuple(next(reader, ())))
-        for cells in reader:
+        reader = _csv_lines(file, stream)
+        _check_header(file, tuple(next(reader, (0, ()))[1]))
+        for line, cells in reader:
             try:
-                row = _parse_row(file, reader.line_num, cells)
+                row = _parse_row(file, line, cells)
                 for key in (row.volume_id, row.image):
                     if key in lines_of:
                         raise DataError(
@@ -188,6 +188,22 @@ def scan_split(root: Path, split: Split) -> tuple[list[SplitRow], list[DataError
             lines_of |= {row.volume_id: row.line, row.image: row.line}
             rows.append(row)
     return rows, errors
+
+
+def _csv_lines(file: Path, stream: TextIO) -> Iterator[tuple[int, list[str]]]:
+    """Line number and cells of each line that is not blank.
+
+    Raises:
+        DataError: text that is not UTF-8, or no CSV.
+    """
+    reader = csv.reader(stream)
+    try:
+        yield from ((reader.line_num, cells) for cells in reader if cells)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            Fault.ROW,
+            f"{file}: cannot be read after line {reader.line_num} ({error}); save it as CSV in UTF-8",
+        ) from error
 
 
 def _check_header(file: Path, header: tuple[str, ...]) -> None:

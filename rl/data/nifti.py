@@ -17,8 +17,8 @@ from nibabel.filebasedimages import ImageFileError
 
 from rl.data.layout import DataError, Fault
 
-READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, ImageFileError)
-"""What nibabel and gzip raise on damaged files."""
+READ_ERRORS = (OSError, EOFError, ValueError, MemoryError, zlib.error, ImageFileError)
+"""What nibabel and gzip raise on damaged files; a header may ask for more memory than there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,17 @@ def read_mask(path: Path, image_path: Path, place: str) -> np.ndarray:
     return _read_mask(path, image, image_path, place)
 
 
+def check_mask_header(path: Path, image_path: Path, place: str) -> None:
+    """Compare a mask's header with its image's, without reading voxels.
+
+    Raises:
+        DataError: as `read_mask`.
+    """
+    image = _open(image_path, place, Fault.MISSING_VOLUME, Fault.UNREADABLE_VOLUME)
+    mask = _open(path, place, Fault.MISSING_MASK, Fault.UNREADABLE_MASK)
+    _check_mask_header(mask, path, image, image_path, place)
+
+
 def _read_mask(path: Path, image: Any, image_path: Path, place: str) -> np.ndarray:
     mask = _open(path, place, Fault.MISSING_MASK, Fault.UNREADABLE_MASK)
     _check_mask_header(mask, path, image, image_path, place)
@@ -125,6 +136,16 @@ def _header(image: Any, path: Path, place: str) -> Header:
         raise DataError(
             Fault.UNREADABLE_VOLUME,
             f"{place}: {path} is {len(shape)}D with shape {shape}; one 3D volume per file is needed",
+        )
+    if image.get_data_dtype().kind not in "iuf":
+        raise DataError(
+            Fault.UNREADABLE_VOLUME,
+            f"{place}: {path} holds {image.get_data_dtype()} values; voxels must be plain integers or real numbers",
+        )
+    if not np.isfinite(image.affine).all():
+        raise DataError(
+            Fault.UNREADABLE_VOLUME,
+            f"{place}: {path} has NaN or infinite numbers in its affine; repair the header",
         )
     spacing = tuple(float(z) for z in image.header.get_zooms()[:3])
     if not all(np.isfinite(z) and z > 0 for z in spacing):

@@ -84,7 +84,7 @@ def print_report(report: CheckReport, console: Console | None = None) -> None:
         + (
             "."
             if report.volumes_opened == report.volumes
-            else "; of the others the header only (max volumes)."
+            else "; of the others the headers only (--volumes)."
         )
     )
     if report.ranking:
@@ -93,11 +93,12 @@ def print_report(report: CheckReport, console: Console | None = None) -> None:
         console.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
     _print_faults(report, console)
     kinds = len({error.fault for error in report.faults})
-    console.print(
-        "[bold green]No errors.[/]"
-        if report.ok
-        else f"[bold red]{len(report.faults)} errors of {kinds} kinds.[/]"
-    )
+    if not report.ok:
+        console.print(f"[bold red]{len(report.faults)} errors of {kinds} kinds.[/]")
+    elif report.volumes_opened == report.volumes:
+        console.print("[bold green]No errors.[/]")
+    else:
+        console.print("[bold yellow]No errors in what was read; without --volumes all is.[/]")
 
 
 def _splits_table(report: CheckReport) -> Table:

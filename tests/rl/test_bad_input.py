@@ -12,11 +12,14 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import polars as pl
 import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
+from rl.completions import write_completions
 from rl.data.layout import HEADER
+from rl.errors import WriteError, in_words
 
 Cli = Callable[..., Result]
 Refusal = Callable[..., str]
@@ -211,7 +214,6 @@ def test_features_that_were_damaged_on_disk_are_named_and_made_again(
     assert cli("sft", *given).exit_code == 0
 
 
-@pytest.mark.slow
 @contextmanager
 def files_no_larger_than(size: int) -> Iterator[None]:
     """What a full disk does to a write, done by the kernel."""
@@ -239,6 +241,42 @@ def test_a_disk_that_fills_up_while_an_adapter_is_written_costs_nothing_that_was
     assert cli("grpo", *given, "grpo.max_steps=4").exit_code == 0
     lines = (tmp_path / "run" / "grpo" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_a_table_that_the_disk_cannot_hold_leaves_the_former_one_and_nothing_half_written(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "completions" / "step-000001.parquet"
+    former, larger = (
+        pl.DataFrame({"reward": [1.0]}),
+        pl.DataFrame({"reward": np.random.default_rng(0).random(99_999)}),
+    )
+    write_completions(path, former)
+    with files_no_larger_than(20_000), pytest.raises(WriteError, match=f"cannot write {path}") as caught:
+        write_completions(path, larger)
+    assert "free space" in (in_words(caught.value) or "")
+    assert pl.read_parquet(path).equals(former)
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors"])
+def test_a_damaged_checkpoint_is_named_with_what_to_do(
+    workshop: Path, tmp_path: Path, words: list[str | Path], cli: Cli, refusal: Refusal, name: str
+) -> None:
+    given = [*words, f"grpo.init_adapter={workshop / 'sft'}"]
+    assert cli("grpo", *given).exit_code == 0
+    (checkpoint,) = (tmp_path / "run" / "grpo" / "checkpoints").iterdir()
+    (checkpoint / name).write_bytes(b"")
+    message = refusal("grpo", *given, "grpo.max_steps=3")
+    assert f"checkpoint {checkpoint} cannot be used" in message
+    assert "delete it" in message
+
+
+def test_an_embed_that_finds_no_dataset_says_so(
+    tmp_path: Path, words: list[str | Path], refusal: Refusal
+) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "train_split.csv is missing" in refusal("embed", *words, f"data.root={tmp_path / 'empty'}")
 
 
 def test_a_disk_that_fills_up_while_features_are_written_keeps_those_that_were(

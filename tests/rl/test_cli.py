@@ -132,7 +132,7 @@ def test_phantoms_are_written_once_and_never_over_other_data(
     assert re.search(rf"phantoms: 7 knees of 7 patients in {tmp_path}/data \(\d+ s\)", said)
     assert "skipped" in cli(*words).output
     (tmp_path / "real" / "split_files").mkdir(parents=True)
-    assert "a dataset that is not a phantom" in refusal("phantom", *recipe, f"data.root={tmp_path / 'real'}")
+    assert "files that are no phantoms" in refusal("phantom", *recipe, f"data.root={tmp_path / 'real'}")
     assert [path.name for path in (tmp_path / "real").iterdir()] == ["split_files"]
 
 

@@ -33,6 +33,21 @@ def _config(folder: Path, *settings: str) -> Config:
     return load_config(None, [f"run_dir={folder}", f"data.root={folder}", "model.device=cpu", *settings])
 
 
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [("127.0.0.1:1", "no cluster answers there"), ("head", "write it as HOST:PORT"), ("h:p", "HOST:PORT")],
+)
+def test_an_address_without_a_cluster_is_an_error_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], address: str, words: str
+) -> None:
+    """Left to Ray, it is one after fourteen minutes."""
+    started = time.monotonic()
+    assert launch(_config(tmp_path, f"ray.address={address}"), dry_run=True) == REFUSED
+    assert f"ray.address is '{address}'" in (said := capsys.readouterr().out)
+    assert words in said
+    assert time.monotonic() - started < 60
+
+
 class TestPlan:
     @given(
         st.builds(

@@ -89,6 +89,7 @@ def test_a_diverged_adapter_is_refused(adapter: Path, base_folder: Path) -> None
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"peft_type": "IA3"}, "peft_type"),
+        ({"r": "x"}, "r is 'x'"),
         ({"r": 0}, "r is missing"),
     ],
 )

@@ -280,3 +280,10 @@ def test_voxels_outside_the_crop_and_unknown_tokens_are_refused(view: VolumeView
     for index in (-1, geometry.num_tokens):
         with pytest.raises(ValueError, match=f"token {index} is outside"):
             geometry.voxels_of_token(index)
+
+
+@pytest.mark.parametrize("kind", [np.complex64, np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])])
+def test_voxels_that_are_no_plain_numbers_are_refused(tmp_path: Path, kind: np.dtype) -> None:
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), kind), np.eye(4)), tmp_path / "odd.nii.gz")
+    with pytest.raises(VolumeError, match=r"odd\.nii\.gz holds .* values; save it as plain"):
+        read_volume(tmp_path / "odd.nii.gz")

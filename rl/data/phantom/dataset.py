@@ -24,9 +24,10 @@ from rl.data.phantom.labels import LABELS, question_labels
 from rl.data.phantom.marker import MARKER, refuse_other_data
 from rl.data.phantom.patients import Finding, Patient, Scan, plan_patients, write_patient
 from rl.data.phantom.reasoning import reasoning_sentence
-from rl.errors import staged
+from rl.errors import write_atomically
 from rollouts.prompts import question_text
 
+REASONED_FILE = "train_reasoned.json"
 Item = dict[str, str]
 Progress = Callable[[int, int], None]
 """Called with (patients done, patients in all)."""
@@ -64,10 +65,11 @@ def write_phantom(config: Config, progress: Progress | None = None) -> Path:
         if split != "val":
             chosen = balanced_selection(keys, phantom.seed)
             _write_items(root / "generate_data", f"{split}_balanced", [items[i] for i in chosen])
+    (root / "generate_data" / REASONED_FILE).unlink(missing_ok=True)  # of former settings
     if phantom.reasoned_patients:
         first = list(dict.fromkeys(f.scan.patient_id for f in findings["train"]))[: phantom.reasoned_patients]
         items, _ = _items([f for f in findings["train"] if f.scan.patient_id in first], questions)
-        _write_lines(root / "generate_data" / "train_reasoned.json", items)
+        _write_lines(root / "generate_data" / REASONED_FILE, items)
     return root
 
 
@@ -178,5 +180,4 @@ def _write_json(path: Path, value: Any) -> None:
 
 def _write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with staged(path) as staging:
-        staging.write_text(text, encoding="utf-8")
+    write_atomically(path, text)

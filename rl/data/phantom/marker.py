@@ -14,10 +14,11 @@ def refuse_other_data(root: Path) -> None:
     """Keep phantoms from being written over a dataset.
 
     Raises:
-        ConfigError: the folder holds one that is not a phantom.
+        ConfigError: the folder holds something that is no phantom, a part of a dataset say.
     """
-    if (root / "split_files").exists() and not (root / MARKER).exists():
+    theirs = [path for path in root.iterdir() if not path.name.startswith("phantom")] if root.is_dir() else []
+    if theirs and not (root / MARKER).exists():  # a stage's own lock and record may be there
         raise ConfigError(
-            f"phantom.out_dir is {root}, which holds a dataset that is not a phantom; choose another folder, "
-            "phantoms would overwrite it"
+            f"phantom.out_dir is {root}, which holds files that are no phantoms; choose another folder, phantoms "
+            "could overwrite them"
         )

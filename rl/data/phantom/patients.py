@@ -22,7 +22,7 @@ from rl.data.boxes import extent_box, region_extents
 from rl.data.phantom.anatomy import BASELINE, Knee, Mode, follow_up, sample_knee
 from rl.data.phantom.labels import TEXT_ORDER, question_labels
 from rl.data.phantom.render import render
-from rl.errors import staged
+from rl.errors import staged, writing
 
 LATER_VISITS = ("12M", "18M", "24M", "30M", "36M", "48M", "72M", "96M")
 _BOTH_KNEES = 0.25
@@ -157,5 +157,5 @@ def write_volume(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
     image = nib.Nifti1Image(voxels, affine)
     image.header.set_xyzt_units("mm", "sec")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with staged(path) as staging:
+    with writing(path), staged(path) as staging:
         staging.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))

@@ -60,6 +60,19 @@ def _move_patient(data) -> None:
     data.edit_csv(lambda train: train.append(moved))
 
 
+def _with_an_affine_of_nan(data) -> None:
+    content = bytearray(gzip.decompress(data.image(1).read_bytes()))
+    content[280:284] = np.float32(np.nan).tobytes()  # the first number of srow_x
+    data.image(1).write_bytes(gzip.compress(content))
+
+
+def _with_a_header_of_terabytes(data) -> None:
+    header = nib.Nifti1Header()
+    header.set_data_shape((30_000, 30_000, 30_000))
+    header.set_data_dtype(np.float32)
+    data.image(1).write_bytes(gzip.compress(header.binaryblock + bytes(4)))
+
+
 def _first_item(**change):
     return lambda data: data.edit_items(lambda items: items[0].update(change), "val.json")
 
@@ -142,6 +155,33 @@ FAULTS = {
         lambda d: _save(d.image(1), np.zeros((12, 10, 6, 2), np.int16)),
         Fault.UNREADABLE_VOLUME,
         ("train_split.csv:3", "is 4D with shape (12, 10, 6, 2)", "one 3D volume per file"),
+    ),
+    "complex volume": (
+        lambda d: _save(d.image(1), np.zeros((12, 10, 6), np.complex64)),
+        Fault.UNREADABLE_VOLUME,
+        ("train_split.csv:3", "10241_1.nii.gz holds complex64 values"),
+    ),
+    "colour volume": (
+        lambda d: _save(d.image(1), np.zeros((12, 10, 6), [("R", "u1"), ("G", "u1"), ("B", "u1")])),
+        Fault.UNREADABLE_VOLUME,
+        ("train_split.csv:3", "10241_1.nii.gz holds ", "plain integers or real numbers"),
+    ),
+    "volume larger than memory": (
+        _with_a_header_of_terabytes,
+        Fault.UNREADABLE_VOLUME,
+        ("train_split.csv:3", "10241_1.nii.gz is truncated or damaged"),
+    ),
+    "NaN in an affine": (
+        _with_an_affine_of_nan,
+        Fault.UNREADABLE_VOLUME,
+        ("train_split.csv:3", "10241_1.nii.gz has NaN or infinite numbers in its affine"),
+    ),
+    "CSV in another encoding": (
+        lambda d: d.csv_file("val").write_bytes(
+            d.csv_file("val").read_bytes() + "M\u00fcller".encode("latin-1")
+        ),
+        Fault.ROW,
+        ("val_split.csv: cannot be read after line", "UTF-8"),
     ),
     "mask of another shape": (
         lambda d: _save(d.mask(3), np.zeros((12, 10, 5), np.uint8)),
@@ -263,7 +303,19 @@ def test_a_sample_of_the_volumes_is_read_whole_and_said_so(dataset):
     output = StringIO()
     print_report(report, Console(file=output, width=120))
     assert "Read 2 of 6 volumes whole" in output.getvalue()
-    assert not check_dataset(config, max_volumes=0).ok
+    assert "No errors in what was read" in output.getvalue()
+    assert not check_dataset(config).ok
+
+
+def test_a_mask_of_another_grid_is_found_outside_the_sample_too(dataset):
+    _save(dataset.mask(3), np.zeros((12, 10, 5), np.uint8))
+    report = check_dataset(dataset.config(), max_volumes=1)
+    assert [error.fault for error in report.faults] == [Fault.MASK_MISMATCH]
+
+
+def test_a_blank_line_of_a_csv_is_no_row(dataset):
+    dataset.edit_csv(lambda lines: lines.insert(2, ""))
+    assert check_dataset(dataset.config()).ok
 
 
 def test_a_missing_volume_is_found_outside_the_sample_too(dataset):
@@ -339,6 +391,13 @@ def test_without_masks_the_check_fails_and_training_warns(dataset):
         dataset.mask(knee).unlink()
     assert "unverified" in check_dataset(dataset.config()).of(Fault.CONVENTION)[0]
     with pytest.warns(UserWarning, match=r"data\.box_convention is unverified"):
+        require_best_convention(dataset.config())
+
+
+def test_without_the_regions_of_questions_the_check_fails_and_training_warns(dataset):
+    (dataset.root / "question_files" / "question_subregion_mapping.json").unlink()
+    assert check_dataset(dataset.config()).of(Fault.MISSING_FILE)
+    with pytest.warns(UserWarning, match=r"question_subregion_mapping\.json is missing"):
         require_best_convention(dataset.config())
 
 
