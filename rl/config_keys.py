@@ -13,7 +13,7 @@ def unknown_keys(layer: Any, schema: type) -> Iterator[tuple[str, str | None]]:
     known = list(_schema_keys(schema, ""))
     for key in _layer_keys(layer, ""):
         if key not in known:
-            yield key, next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.4)), None)
+            yield key, next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.6)), None)
 
 
 def _schema_keys(schema: type, prefix: str) -> Iterator[str]:

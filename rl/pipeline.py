@@ -27,6 +27,7 @@ from rl.data.check import require_best_convention
 from rl.data.examples import load_examples
 from rl.data.layout import SPLITS, data_root, read_split, split_file
 from rl.data.phantom.dataset import write_phantom
+from rl.data.phantom.preview import save_preview
 from rl.engine import start_engine
 from rl.environment import pick_device
 from rl.evaluate import evaluate, evaluate_baselines, is_current
@@ -50,17 +51,24 @@ from rollouts.cache import EmbeddingCache
 from rollouts.embed import embed_examples
 from rollouts.types import Engine
 from rollouts.vision import VisionTower
+from rollouts.volumes import read_volume
 
 __all__ = ["BASE", "BASELINE", "BEST_OF_G", "GRPO", "SFT", "SFT_CONTINUED", "STAGES"]
 
 BASELINE, PRIOR, BASE, SFT, GRPO, SFT_CONTINUED, BEST_OF_G = OWN_RUNS
 
 
+PREVIEW = "preview.png"
+
+
 def run_phantom(config: Config, progress: StageProgress) -> str:
-    """Write the phantom dataset."""
+    """Write the phantom dataset, and a picture of one knee to look at."""
     root = write_phantom(config, lambda done, total: progress.update(done, total, "patients"))
     rows = [row for split in SPLITS for row in read_split(root, split)]
-    return f"{len(rows)} knees of {len({row.patient_id for row in rows})} patients in {root}"
+    knee = read_volume(root / rows[-1].image)
+    save_preview(root / PREVIEW, knee.array, knee.spacing_mm)
+    patients = len({row.patient_id for row in rows})
+    return f"{len(rows)} knees of {patients} patients in {root}, one of them as {PREVIEW}"
 
 
 def run_base(config: Config, progress: StageProgress) -> str:

@@ -129,7 +129,9 @@ def test_phantoms_are_written_once_and_never_over_other_data(
 ) -> None:
     words = ["phantom", *recipe, f"data.root={tmp_path / 'data'}"]
     said = cli(*words).output
-    assert re.search(rf"phantoms: 7 knees of 7 patients in {tmp_path}/data \(\d+ s\)", said)
+    assert re.search(
+        rf"phantoms: 7 knees of 7 patients in {tmp_path}/data, one of them as preview.png \(\d+ s\)", said
+    )
     assert "skipped" in cli(*words).output
     (tmp_path / "real" / "split_files").mkdir(parents=True)
     assert "files that are no phantoms" in refusal("phantom", *recipe, f"data.root={tmp_path / 'real'}")

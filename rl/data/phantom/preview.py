@@ -13,12 +13,17 @@ from rewards.boxes import Box3D
 
 
 def save_preview(
-    path_png: Path, image: np.ndarray, labels: np.ndarray | None = None, boxes: Sequence[Box3D] = ()
+    path_png: Path,
+    image: np.ndarray,
+    spacing_mm: Sequence[float],
+    labels: np.ndarray | None = None,
+    boxes: Sequence[Box3D] = (),
 ) -> None:
     """Montage of all sagittal slices plus the middle coronal and axial plane.
 
     Args:
         image: [X, Y, S] in file axes.
+        spacing_mm: voxel size along them.
         labels: uint8 [X, Y, S] drawn as a tint, or None.
         boxes: drawn on the slices they cover.
     """
@@ -27,16 +32,19 @@ def save_preview(
     rows = -(-(len(shown) + 2) // columns)
     figure = Figure(figsize=(columns * 2.4, rows * 2.4), facecolor="black")
     axes = figure.subplots(rows, columns).ravel()
-    planes = [(image[:, :, k], None if labels is None else labels[:, :, k], f"slice {k}") for k in shown]
+    x_mm, y_mm, slice_mm = spacing_mm
+    planes = [
+        (image[:, :, k], None if labels is None else labels[:, :, k], f"slice {k}", y_mm / x_mm)
+        for k in shown
+    ]
     middle_x, middle_y = image.shape[0] // 2, int(image.shape[1] * 0.52)
-    for plane, tint, title in (
-        (image[middle_x].T, None if labels is None else labels[middle_x].T, "coronal"),
-        (image[:, middle_y].T, None if labels is None else labels[:, middle_y].T, "axial"),
-    ):
-        planes.append((plane, tint, title))
+    planes += [
+        (image[middle_x].T, None if labels is None else labels[middle_x].T, "coronal", y_mm / slice_mm),
+        (image[:, middle_y].T, None if labels is None else labels[:, middle_y].T, "axial", x_mm / slice_mm),
+    ]
     top = float(np.percentile(image, 99.7))
-    for axis, (plane, tint, title) in zip(axes, planes, strict=False):
-        axis.imshow(plane.T, cmap="gray", vmin=0, vmax=top, interpolation="bilinear", aspect="auto")
+    for axis, (plane, tint, title, aspect) in zip(axes, planes, strict=False):
+        axis.imshow(plane.T, cmap="gray", vmin=0, vmax=top, interpolation="bilinear", aspect=aspect)
         if tint is not None:
             axis.imshow(
                 np.ma.masked_equal(tint.T, 0),
@@ -44,7 +52,7 @@ def save_preview(
                 vmin=0,
                 vmax=64,
                 alpha=0.35,
-                aspect="auto",
+                aspect=aspect,
                 interpolation="nearest",
             )
         axis.set_title(title, color="white", fontsize=7, pad=2)

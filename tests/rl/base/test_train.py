@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+import rl
 from rl.base.train import train_base
 from rl.config import Config, ConfigError, load_config
 
@@ -35,6 +36,14 @@ def test_a_base_needs_no_dataset_and_loads_like_a_downloaded_checkpoint(whole: P
     assert model.dtype == torch.bfloat16
     assert sum(p.numel() for p in model.parameters()) <= 4_000_000
     assert all(w.isfinite().all() for w in _weights(whole).values())
+
+
+def test_the_base_that_is_shipped_is_small_and_in_bfloat16() -> None:
+    path = Path(rl.__file__).parent / "assets" / "base" / "model.safetensors"
+    weights = load_file(path)
+    assert sum(w.numel() for w in weights.values()) <= 4_000_000
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+    assert path.stat().st_size <= 10_000_000
 
 
 def test_an_interrupted_base_goes_on_to_the_weights_of_an_uninterrupted_one(
