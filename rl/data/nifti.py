@@ -58,7 +58,7 @@ def inspect_volume(image_path: Path, mask_path: Path | None, place: str) -> Insp
     try:
         opened = _open(image_path, place, Fault.MISSING_VOLUME, Fault.UNREADABLE_VOLUME)
         sound, image = _header(opened, image_path, place), opened
-        _check_finite(_voxels(image, image_path, place, Fault.UNREADABLE_VOLUME), image_path, place)
+        _check_voxels(_voxels(image, image_path, place, Fault.UNREADABLE_VOLUME), image_path, place)
         header = sound
     except DataError as error:
         faults.append(error)
@@ -97,12 +97,17 @@ def _read_mask(path: Path, image: Any, image_path: Path, place: str) -> np.ndarr
     return _voxels(mask, path, place, Fault.UNREADABLE_MASK)
 
 
-def _check_finite(voxels: np.ndarray, path: Path, place: str) -> None:
+def _check_voxels(voxels: np.ndarray, path: Path, place: str) -> None:
     bad = voxels.size - int(np.isfinite(voxels).sum())
     if bad:
         raise DataError(
             Fault.UNREADABLE_VOLUME,
             f"{place}: {path} holds {bad} voxels that are NaN or infinite; convert the volume again",
+        )
+    if voxels.min() == voxels.max():
+        raise DataError(
+            Fault.UNREADABLE_VOLUME,
+            f"{place}: {path} is blank, every voxel is {voxels.flat[0]}; convert the volume again",
         )
 
 

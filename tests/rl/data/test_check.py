@@ -156,6 +156,11 @@ FAULTS = {
         Fault.UNREADABLE_VOLUME,
         ("train_split.csv:3", "is 4D with shape (12, 10, 6, 2)", "one 3D volume per file"),
     ),
+    "blank volume": (
+        lambda d: _save(d.image(1), np.full((12, 10, 6), 7, np.int16)),
+        Fault.UNREADABLE_VOLUME,
+        ("train_split.csv:3", "10241_1.nii.gz is blank, every voxel is 7"),
+    ),
     "complex volume": (
         lambda d: _save(d.image(1), np.zeros((12, 10, 6), np.complex64)),
         Fault.UNREADABLE_VOLUME,
