@@ -43,6 +43,8 @@ PAIRS = (
     *((SFT, OVERLAPPED), (GRPO, OVERLAPPED), (BASELINE, SFT), (BASELINE, GRPO)),
 )
 ENDPOINTS = (("balanced_accuracy", "balanced accuracy"), ("iou", "mean IoU"))
+PARTS = {"sampling": "rollout", "rewards": "reward", "training": "train", "handing over the adapter": "sync"}
+"""Of a GRPO step -> of which time its metrics tell."""
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -162,15 +164,22 @@ def _training(configs: Mapping[int, Config]) -> list[str]:
         "## Training",
         "",
         "Validation loss of SFT after each epoch, the best in bold; minutes of GRPO's steps, which the control arms had"
-        " too.",
+        " too; what GRPO's steps spent them on, and what share of the prompts' tokens the engine had in its cache.",
         "",
-        "| seed | SFT, validation loss | GRPO, minutes |",
-        "|---|---|---|",
+        f"| seed | SFT, validation loss | GRPO, minutes | {' | '.join(PARTS)} | prefix hits |",
+        "|---|---|---|" + "---|" * (len(PARTS) + 1),
     ]
     for seed, config in configs.items():
         losses = [record["val_loss"] for record in metrics_of(config, "sft") if "val_loss" in record]
         words = [f"**{loss:.4f}**" if loss == min(losses) else f"{loss:.4f}" for loss in losses]
-        rows.append(f"| {seed} | {' '.join(words)} | {grpo_seconds(config) / 60:.1f} |")
+        steps = metrics_of(config, "grpo")
+        seconds = sum(step["seconds"] for step in steps)
+        shares = [
+            f"{sum(step[f'seconds/{part}'] for step in steps) / seconds:.1%}" for part in PARTS.values()
+        ]
+        hits = sum(step["prefix_hit_rate"] for step in steps) / len(steps)
+        cells = [str(seed), " ".join(words), f"{grpo_seconds(config) / 60:.1f}", *shares, f"{hits:.0%}"]
+        rows.append(f"| {' | '.join(cells)} |")
     return [*rows, ""]
 
 
