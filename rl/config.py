@@ -14,7 +14,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from rl.config_keys import unknown_keys
+from rl.config_keys import misshapen_values, unknown_keys
 from rl.config_layers import ConfigError, in_one_line, read_file, read_override
 from rl.config_openai import OpenAIConfig
 from rl.config_rewards import RewardsConfig
@@ -362,7 +362,7 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
     layers = [] if path is None else [(str(path), read_file(path))]
     layers += [(f"override {item!r}", read_override(item)) for item in overrides or []]
     for origin, layer in layers:
-        _refuse_unknown_keys(layer, origin)
+        _refuse_misfits(layer, origin)
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
@@ -384,7 +384,10 @@ def save_config(config: Config, path: Path) -> None:
     write_atomically(path, yaml.safe_dump(asdict(config), sort_keys=False))
 
 
-def _refuse_unknown_keys(layer: Any, origin: str) -> None:
-    for key, nearest in unknown_keys(OmegaConf.to_container(layer, resolve=False), Config):
+def _refuse_misfits(layer: Any, origin: str) -> None:
+    content = OmegaConf.to_container(layer, resolve=False)
+    for key, nearest in unknown_keys(content, Config):
         hint = f"; did you mean {nearest!r}?" if nearest else ""
         raise ConfigError(f"{origin}: unknown config key {key!r}{hint}")
+    for problem in misshapen_values(content, Config):
+        raise ConfigError(f"{origin}: {problem}")

@@ -308,6 +308,13 @@ def _compare_and_phantom(config: Config) -> Iterator[str]:
         )
     if not 0 < config.compare.confidence < 1:
         yield f"compare.confidence is {config.compare.confidence}: it must be between 0 and 1"
+    if config.compare.bootstrap_draws < 40:
+        yield f"compare.bootstrap_draws is {config.compare.bootstrap_draws}: no interval can be read from less than 40"
+    if config.phantom.reasoned_patients > config.phantom.train_patients:
+        yield (
+            f"phantom.reasoned_patients is {config.phantom.reasoned_patients}: there are "
+            f"{config.phantom.train_patients} training patients (phantom.train_patients)"
+        )
     for field, numbers in (("shape", config.phantom.shape), ("fov_mm", config.phantom.fov_mm)):
         if len(numbers) != 3 or not all(number > 0 for number in numbers):
             yield f"phantom.{field} is {numbers}: give three positive numbers (in-plane, in-plane, slices)"

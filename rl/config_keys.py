@@ -1,11 +1,11 @@
-"""Which keys a nested mapping has that a tree of dataclasses does not."""
+"""How a nested mapping differs from the tree of dataclasses it is to fill."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 
 def unknown_keys(layer: Any, schema: type) -> Iterator[tuple[str, str | None]]:
@@ -31,3 +31,17 @@ def _layer_keys(node: Any, prefix: str) -> Iterator[str]:
         key = f"{prefix}{name}"
         yield key
         yield from _layer_keys(value, f"{key}.")
+
+
+def misshapen_values(layer: Any, schema: type, prefix: str = "") -> Iterator[str]:
+    """What is wrong with values that stand where a section or a list belongs."""
+    kinds = get_type_hints(schema)
+    for name, value in layer.items():
+        key, kind = f"{prefix}{name}", kinds[name]
+        if dataclasses.is_dataclass(kind):
+            if isinstance(value, dict):
+                yield from misshapen_values(value, kind, f"{key}.")
+            else:
+                yield f"{key} is {value!r}: it is a section, set {key}.{dataclasses.fields(kind)[0].name} say"
+        elif get_origin(kind) is list and not isinstance(value, list) and "${" not in str(value):
+            yield f"{key} is {value!r}: give a list, as in {key}=[{value}]"

@@ -90,6 +90,8 @@ def test_an_unknown_key_is_refused_and_the_nearest_known_one_named(tmp_path: Pat
         ("grpo.beta=small", "grpo.beta"),
         ("grpo", "key=value"),
         ("seed=0", "data.root"),
+        ("view=3", "view is 3: it is a section, set view.crop say"),
+        ("data.question_ids=3", r"data.question_ids is 3: give a list, as in data.question_ids=\[3\]"),
     ],
 )
 def test_a_wrong_type_a_malformed_override_and_a_missing_value_name_the_field(
@@ -132,6 +134,11 @@ def test_a_value_outside_a_choice_names_the_allowed_ones(field: str) -> None:
         (["grpo.num_generations=1"], "at least 2"),
         (["grpo.temperature=inf"], "grpo.temperature is inf: it must be a finite number"),
         (["run_dir=''"], "run_dir is empty: name a folder"),
+        (["compare.bootstrap_draws=1"], "compare.bootstrap_draws is 1: .* less than 40"),
+        (
+            ["phantom.reasoned_patients=999"],
+            r"phantom.reasoned_patients is 999: .* \(phantom.train_patients\)",
+        ),
         (["data.root=''"], "data.root is empty: name a folder"),
         (["embed.cache_dir=''"], "embed.cache_dir is empty: name a folder"),
         (["model.lora.target_modules=[qq]"], r"target_modules has \['qq'\]: .* have q_proj, k_proj"),

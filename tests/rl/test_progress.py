@@ -42,6 +42,15 @@ def test_a_run_that_goes_on_does_not_count_what_was_done_before(times: list[floa
     assert log.getvalue() == "GRPO: 52/60, ETA 1 min 20 s\n"
 
 
+def test_the_second_part_of_a_stage_does_not_count_the_first(times: list[float]) -> None:
+    log = io.StringIO()
+    with StageProgress("SFT", Console(file=log)) as stage:
+        for now, done, total in ((0.0, 1, 60), (590.0, 60, 60), (600.0, 1, 140), (620.0, 3, 140)):
+            times[0] = now
+            stage.update(done, total)
+    assert log.getvalue().splitlines()[-1] == "SFT: 3/140, ETA 22 min 50 s"
+
+
 def test_a_notebooks_wish_for_colours_does_not_make_its_log_a_terminal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -134,7 +134,7 @@ def test_a_run_whose_stages_are_done_does_nothing(config: Config) -> None:
         ("phantom.seed=1", list(WORK)),
         ("view.height=112", ["embed", "sft", "grpo", "eval", "compare"]),
         ("eval.temperature=0.5", ["eval", "compare"]),
-        ("compare.bootstrap_draws=7", ["compare"]),
+        ("compare.bootstrap_draws=70", ["compare"]),
         ("grpo.max_steps=70", ["grpo", "eval", "compare"]),
         ("grpo.max_tokens_per_microbatch=99", []),
         ("grpo.probe_tolerance=0.1", []),
