@@ -38,7 +38,7 @@ def misshapen_values(layer: Any, schema: type, prefix: str = "") -> Iterator[str
     kinds = get_type_hints(schema)
     for name, value in layer.items():
         key, kind = f"{prefix}{name}", kinds[name]
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             if isinstance(value, dict):
                 yield from misshapen_values(value, kind, f"{key}.")
             else:
