@@ -40,9 +40,9 @@ evidence: $(INSTALLED)  ## hours: three seeds, long fuzz, benchmarks
 	$(BIN)/python benchmarks/evidence.py --jobs 2 --overlapped $(ARGS)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/train_step.py --visual-tokens 512 2000 8192 --generations 4 8 16 --out docs/performance
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/rollout_speed.py --out docs/performance
-	$(BIN)/python benchmarks/plan_check.py
 	$(BIN)/python benchmarks/reward_speed.py
 	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/plan_check.py
 
 demo: $(INSTALLED)  ## the whole path on phantoms: SFT, GRPO, benchmark, report
 	$(BIN)/reasonknee demo --config configs/demo.yaml $(ARGS)

@@ -172,7 +172,7 @@ def _training(configs: Mapping[int, Config]) -> list[str]:
     for seed, config in configs.items():
         losses = [record["val_loss"] for record in metrics_of(config, "sft") if "val_loss" in record]
         words = [f"**{loss:.4f}**" if loss == min(losses) else f"{loss:.4f}" for loss in losses]
-        steps = metrics_of(config, "grpo")
+        steps = [record for record in metrics_of(config, "grpo") if "seconds" in record]
         seconds = sum(step["seconds"] for step in steps)
         shares = [
             f"{sum(step[f'seconds/{part}'] for step in steps) / seconds:.1%}" for part in PARTS.values()

@@ -156,10 +156,10 @@ def measure(device: str, size: str, sizes: tuple[int, int, int], repetitions: in
     work = {q: Work(visual_tokens, generations, q, completion_tokens) for q in (1, 4)}
     batch, padded = fastest_padded(device, size, work[1])
     model = build_model(size, device)
-    arms = {"padded": (padded, 1)}
+    timed(device, padded)  # beside the second model
     kinds = ("packed",) if device == "cpu" else ("packed", "flex")
-    arms |= {f"{kind}-{q}": (answers(kind, model, work[q]), q) for kind in kinds for q in work}
-    arms = fitting(device, arms)
+    packed = {f"{kind}-{q}": (answers(kind, model, work[q]), q) for kind in kinds for q in work}
+    arms = {"padded": (padded, 1), **fitting(device, packed)}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     gib = dict.fromkeys(arms, 0.0)
     peaks = []

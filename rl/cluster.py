@@ -24,6 +24,7 @@ from rl.config import RayConfig
 from rl.placement import Node, PlacementError, requested, this_machine
 
 CONNECTION_TIMEOUT_S = 10.0
+_NOBODY = "ray.address is {!r}: no cluster answers there ({})"
 DRIVER_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints are forwarded by rl.terminal
@@ -56,14 +57,12 @@ def cluster(settings: RayConfig) -> Iterator[Path | None]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     before = set(_descendants())
     try:
+        if settings.address not in ("", "auto", "local"):
+            _require_answer(settings.address)
         try:
-            if settings.address not in ("", "auto"):
-                _require_answer(settings.address)
             ray.init(**options)
-        except OSError as error:
-            raise PlacementError(
-                f"ray.address is {settings.address!r}: no cluster answers there ({error})"
-            ) from error
+        except ConnectionError as error:
+            raise PlacementError(_NOBODY.format(settings.address, error)) from error
         take_signals()  # Ray has put its own handler for SIGTERM
         yield temporary
     finally:
@@ -78,13 +77,15 @@ def _require_answer(address: str) -> None:
     """A connection to the cluster's head, for Ray itself looks for one for a quarter of an hour.
 
     Raises:
-        PlacementError: not HOST:PORT.
-        OSError: nothing answers within `CONNECTION_TIMEOUT_S`.
+        PlacementError: not HOST:PORT, or nothing answers within `CONNECTION_TIMEOUT_S`.
     """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():
         raise PlacementError(f"ray.address is {address!r}: write it as HOST:PORT, or auto")
-    socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECTION_TIMEOUT_S).close()
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECTION_TIMEOUT_S).close()
+    except (OSError, UnicodeError, OverflowError) as error:  # no such host name, no such port
+        raise PlacementError(_NOBODY.format(address, error)) from error
 
 
 def _descendants() -> list[psutil.Process]:

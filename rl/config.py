@@ -157,7 +157,7 @@ class SFTConfig:
     volumes_per_step: int = 8
     """Volumes per optimizer step."""
     questions_per_volume: int = 8
-    """Questions drawn per volume and epoch by the balanced sampler."""
+    """Questions drawn per volume and step by the balanced sampler."""
     steps_per_epoch: int = 0
     """Optimizer steps between validations; 0: as many as it takes to draw every example once on average."""
     validation_volumes: int = 24

@@ -308,8 +308,9 @@ def _compare_and_phantom(config: Config) -> Iterator[str]:
         )
     if not 0 < config.compare.confidence < 1:
         yield f"compare.confidence is {config.compare.confidence}: it must be between 0 and 1"
-    if config.compare.bootstrap_draws < 40:
-        yield f"compare.bootstrap_draws is {config.compare.bootstrap_draws}: no interval can be read from less than 40"
+    draws, confidence = config.compare.bootstrap_draws, config.compare.confidence
+    if draws * (1 - confidence) / 2 < 1:
+        yield f"compare.bootstrap_draws is {draws}: too few for an interval of {confidence:.0%}"
     if config.phantom.reasoned_patients > config.phantom.train_patients:
         yield (
             f"phantom.reasoned_patients is {config.phantom.reasoned_patients}: there are "

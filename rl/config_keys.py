@@ -13,7 +13,7 @@ def unknown_keys(layer: Any, schema: type) -> Iterator[tuple[str, str | None]]:
     known = list(_schema_keys(schema, ""))
     for key in _layer_keys(layer, ""):
         if key not in known:
-            yield key, next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.6)), None)
+            yield key, next(iter(difflib.get_close_matches(key, known, n=1)), None)
 
 
 def _schema_keys(schema: type, prefix: str) -> Iterator[str]:
@@ -44,4 +44,4 @@ def misshapen_values(layer: Any, schema: type, prefix: str = "") -> Iterator[str
             else:
                 yield f"{key} is {value!r}: it is a section, set {key}.{dataclasses.fields(kind)[0].name} say"
         elif get_origin(kind) is list and not isinstance(value, list) and "${" not in str(value):
-            yield f"{key} is {value!r}: give a list, as in {key}=[{value}]"
+            yield f"{key} is {value!r}: give a list, as in {key}=[{value or ''}]"

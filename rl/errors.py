@@ -32,7 +32,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise WriteError(
-            f"cannot write {path} ({error}); free space, or set run_dir to another disk, and run again: what was "
+            f"cannot write {path} ({error}); free space, or choose another place, and run again: what was "
             "finished is kept"
         ) from error
 
@@ -44,9 +44,8 @@ def staged(path: Path) -> Iterator[Path]:
     try:
         yield staging
         staging.replace(path)
-    except BaseException:  # nothing is hidden: what is half written goes, the error stays
-        staging.unlink(missing_ok=True)
-        raise
+    finally:
+        staging.unlink(missing_ok=True)  # what is half written
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -69,7 +68,9 @@ def in_words(error: BaseException) -> str | None:
     if isinstance(error, ReasonKneeError):
         return str(error)
     if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return f"{_named(error)}; free space, or set run_dir to another disk, and run again: what was finished is kept"
+        return (
+            f"{_named(error)}; free space, or choose another place, and run again: what was finished is kept"
+        )
     if isinstance(error, _ABOUT_A_PATH) and error.filename:
         return _named(error)
     return None

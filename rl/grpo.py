@@ -199,10 +199,12 @@ class GRPOTrainer:
         settings = self.settings
         scored = self._draw(step, settings.volumes_per_step, watch)
         drawn = len(scored)
+        resampled = False
         for again in range(1, settings.resample_rounds + 1):
             missing = sum(gather_object([sum(not s.has_signal for s in scored)]))
             if not missing:
                 break
+            resampled = True
             more = self._draw(step, math.ceil(missing / settings.questions_per_volume), watch, again)
             drawn += len(more)
             seen = {s.example_index for s in scored}
@@ -210,8 +212,11 @@ class GRPOTrainer:
             flat = [s for s in scored if not s.has_signal]
             scored = [s for s in scored if s.has_signal] + (fresh + flat)[: len(flat)]
             scored.sort(key=lambda s: self.task.volume_ids[s.example_index])
-        if drawn > len(scored) and settings.scale_rewards == "batch":  # by the spread of what is kept
+        if (
+            resampled and settings.scale_rewards == "batch"
+        ):  # on every rank: by the spread of what all have kept
             scored = self.scorer.score([(s.example_index, s.group) for s in scored])
+            watch.lap("seconds/reward")
         return scored, drawn
 
     def _draw(self, step: int, volumes: int, watch: Stopwatch, again: int = 0) -> list[ScoredGroup]:

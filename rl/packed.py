@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rl.flex import flex_tree_attention, tree_mask
-from rl.gated import keep_less
+from rl.gated import save_gate_memory
 from rl.microbatch import attended_at_once, scored_at_once
 
 ATTENTIONS = {"sdpa": "packed_tree", "flex": "packed_tree_flex"}
@@ -305,11 +305,22 @@ def _leave_unread_out(layer: Any) -> None:
 
 
 def _require_plain_layers(config: Any, text_config: Any) -> None:
-    kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise ValueError(f"layers that attend to all before them are packed, this model has {sorted(kinds)}")
+    kinds = getattr(text_config, "layer_types", None)
+    windowed = (
+        any(kind != "full_attention" for kind in kinds)
+        if kinds
+        else getattr(text_config, "sliding_window", None)
+    )
+    if windowed:
+        raise ValueError(
+            f"{config.model_type} has layers that see a window of tokens only, which cannot be packed; set model.path "
+            "to a model whose layers see all"
+        )
     if getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None):
-        raise ValueError(f"{config.model_type} adds visual features in further layers, which are not packed")
+        raise ValueError(
+            f"{config.model_type} adds visual features in further layers, which cannot be packed; set model.path to a "
+            "Qwen2.5-VL"
+        )
 
 
 class PackedPolicy(nn.Module):
@@ -325,7 +336,7 @@ class PackedPolicy(nn.Module):
     Args:
         attention: "sdpa", one call per run of siblings, the reference; or "flex", one call (`rl.flex`).
     Raises:
-        ValueError: a model whose layers look at a window of tokens, or take visual features besides the first.
+        ValueError: a model whose layers look at a window of tokens, or take visual features after the first.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, attention: str = "sdpa") -> None:
@@ -336,7 +347,7 @@ class PackedPolicy(nn.Module):
         self.language_model.config._attn_implementation = ATTENTIONS[attention]
         _leave_unread_out(self.language_model.layers[-1])
         for layer in self.language_model.layers:
-            keep_less(layer.mlp)
+            save_gate_memory(layer.mlp)
 
     @property
     def causal_lm(self) -> Any:

@@ -18,5 +18,7 @@ def write_parquet(path: Path, table: pl.DataFrame) -> None:
     with writing(path), staged(path) as staging:
         try:
             table.write_parquet(staging)
-        except pl.exceptions.PolarsError as error:  # so it calls a full disk
-            raise OSError(str(error)) from error
+        except pl.exceptions.ComputeError as error:
+            if "os error" not in str(error):
+                raise
+            raise OSError(str(error)) from error  # what polars calls a full disk

@@ -43,7 +43,7 @@ class StageProgress:
         self._printed = time.monotonic()
         self._first: tuple[float, int] | None = None
         """When the first report came, and what was done by then: a run that goes on does not begin at 0."""
-        self._done = 0
+        self._last = (0, 0)
 
     def __enter__(self) -> StageProgress:
         self._bar.start()
@@ -57,10 +57,10 @@ class StageProgress:
     def update(self, done: int, total: int, note: str = "") -> None:
         """`done` of `total` units are finished."""
         now = time.monotonic()
-        if done < self._done:  # another part of the stage begins
+        if done < self._last[0] or total != self._last[1]:  # another part of the stage begins
             self._bar.reset(self._task)
             self._first = None
-        self._done = done
+        self._last = (done, total)
         self._bar.update(self._task, completed=done, total=total, note=note)
         if self._first is None:
             self._first = (now, done)

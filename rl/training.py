@@ -179,7 +179,7 @@ def load_optimizer(checkpoint: Path, optimizer: Optimizer, schedule: LambdaLR) -
     """Restore optimizer and schedule; returns the checkpoint's state (`step` and extras).
 
     Raises:
-        CheckpointError: files that are missing, damaged, or of another adapter.
+        CheckpointError: files that are missing or damaged.
     """
     moments: dict[int, dict[str, torch.Tensor]] = {}
     try:
@@ -189,7 +189,7 @@ def load_optimizer(checkpoint: Path, optimizer: Optimizer, schedule: LambdaLR) -
             moments.setdefault(int(parameter), {})[name] = x
         optimizer.load_state_dict({"state": moments, "param_groups": saved["param_groups"]})
         schedule.load_state_dict(saved["schedule"])
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (FileNotFoundError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise CheckpointError(
             f"checkpoint {checkpoint} cannot be used ({error}); delete it, and this stage starts from its beginning"
         ) from error

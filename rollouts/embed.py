@@ -63,7 +63,7 @@ def embed_examples(
     """Put the features of all volumes in the cache; those that are there already are checked and kept.
 
     A volume that cannot be read does not stop the others: it is named in the error at the end. Several processes may
-    fill one cache: each takes the volumes in a random order and passes over what another has written meanwhile.
+    fill one cache: each reads the volumes in a random order, and does not encode what another has written meanwhile.
 
     Args:
         volumes: repeated ids are embedded once.

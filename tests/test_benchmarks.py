@@ -106,6 +106,8 @@ def test_the_training_step_is_timed_beside_trl_s_and_its_time_is_divided(tmp_pat
 
 
 @pytest.mark.slow
-def test_the_plan_is_held_against_the_clock() -> None:
+def test_the_check_of_the_plan_runs() -> None:
+    """On one workload, of which nothing is predicted: seconds are no matter of a test."""
     printed = script("plan_check.py", "--visual", "256", "--questions", "2", "--repeats", "1")
-    assert "at most 0% off (target 25%): holds" in printed  # one workload predicts no other
+    assert "256 visual tokens, 2 questions" in printed
+    assert "GFLOP/s" in printed

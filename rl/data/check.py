@@ -78,7 +78,7 @@ def require_best_convention(config: Config) -> None:
     Where no text box has a mask to be compared with, it warns that the convention is unverified.
 
     Raises:
-        DataError: another convention fits better, or none fits.
+        DataError: another convention fits better, or none fits; or the regions of questions cannot be read.
     """
     if config.data.box_source == "mask":
         return
@@ -100,6 +100,8 @@ def _probe(config: Config) -> list[BoxPair]:
     try:
         regions = read_question_labels(root)
     except DataError as error:
+        if error.fault is not Fault.MISSING_FILE:
+            raise
         warnings.warn(f"boxes of the text cannot be compared with masks: {error}", stacklevel=3)
         return []
     rows = {row.image: row for row in read_split(root, "train")}

@@ -63,8 +63,7 @@ def _read_header(root: Path, row: SplitRow) -> CheckedVolume:
     try:
         if row.mask is None:
             raise _unnamed_mask(row)
-        if volume.header is not None:
-            check_mask_header(root / row.mask, root / row.image, row.place)
+        check_mask_header(root / row.mask, root / row.image if volume.header else None, row.place)
     except DataError as error:
         volume.faults.append(error)
     return volume

@@ -172,9 +172,14 @@ def scan_split(root: Path, split: Split) -> tuple[list[SplitRow], list[DataError
     lines_of: dict[str, int] = {}
     with file.open(newline="", encoding="utf-8-sig") as stream:
         reader = _csv_lines(file, stream)
-        _check_header(file, tuple(next(reader, (0, ()))[1]))
+        _, header = next(reader, (0, []))
+        if isinstance(header, DataError):
+            raise header
+        _check_header(file, tuple(header))
         for line, cells in reader:
             try:
+                if isinstance(cells, DataError):
+                    raise cells
                 row = _parse_row(file, line, cells)
                 for key in (row.volume_id, row.image):
                     if key in lines_of:
@@ -190,20 +195,14 @@ def scan_split(root: Path, split: Split) -> tuple[list[SplitRow], list[DataError
     return rows, errors
 
 
-def _csv_lines(file: Path, stream: TextIO) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells of each line that is not blank.
-
-    Raises:
-        DataError: text that is not UTF-8, or no CSV.
-    """
+def _csv_lines(file: Path, stream: TextIO) -> Iterator[tuple[int, list[str] | DataError]]:
+    """Line number and cells of each line that is not blank; an error in place of the rest that is no CSV in UTF-8."""
     reader = csv.reader(stream)
     try:
         yield from ((reader.line_num, cells) for cells in reader if cells)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            Fault.ROW,
-            f"{file}: cannot be read after line {reader.line_num} ({error}); save it as CSV in UTF-8",
-        ) from error
+        problem = f"{file}: cannot be read after line {reader.line_num} ({error}); save it as CSV in UTF-8"
+        yield reader.line_num, DataError(Fault.ROW, problem)
 
 
 def _check_header(file: Path, header: tuple[str, ...]) -> None:

@@ -33,7 +33,8 @@ def read_header(path: Path, place: str) -> Header:
     """Shape and spacing of a volume, without reading its voxels.
 
     Raises:
-        DataError: missing, unreadable, not 3D, or a spacing that is not positive and finite.
+        DataError: missing, unreadable, not 3D, no plain numbers, an affine that is not finite, or a spacing that is not
+            positive and finite.
     """
     return _header(_open(path, place, Fault.MISSING_VOLUME, Fault.UNREADABLE_VOLUME), path, place)
 
@@ -80,15 +81,15 @@ def read_mask(path: Path, image_path: Path, place: str) -> np.ndarray:
     return _read_mask(path, image, image_path, place)
 
 
-def check_mask_header(path: Path, image_path: Path, place: str) -> None:
-    """Compare a mask's header with its image's, without reading voxels.
+def check_mask_header(path: Path, image_path: Path | None, place: str) -> None:
+    """Look at a mask's header, beside its image's where that is sound, without reading voxels.
 
     Raises:
         DataError: as `read_mask`.
     """
-    image = _open(image_path, place, Fault.MISSING_VOLUME, Fault.UNREADABLE_VOLUME)
     mask = _open(path, place, Fault.MISSING_MASK, Fault.UNREADABLE_MASK)
-    _check_mask_header(mask, path, image, image_path, place)
+    image = image_path and _open(image_path, place, Fault.MISSING_VOLUME, Fault.UNREADABLE_VOLUME)
+    _check_mask_header(mask, path, image, image_path or path, place)
 
 
 def _read_mask(path: Path, image: Any, image_path: Path, place: str) -> np.ndarray:

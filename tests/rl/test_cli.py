@@ -134,7 +134,9 @@ def test_phantoms_are_written_once_and_never_over_other_data(
     )
     assert "skipped" in cli(*words).output
     (tmp_path / "real" / "split_files").mkdir(parents=True)
-    assert "files that are no phantoms" in refusal("phantom", *recipe, f"data.root={tmp_path / 'real'}")
+    assert "holds split_files that are no phantoms" in refusal(
+        "phantom", *recipe, f"data.root={tmp_path / 'real'}"
+    )
     assert [path.name for path in (tmp_path / "real").iterdir()] == ["split_files"]
 
 

@@ -134,7 +134,7 @@ def test_a_value_outside_a_choice_names_the_allowed_ones(field: str) -> None:
         (["grpo.num_generations=1"], "at least 2"),
         (["grpo.temperature=inf"], "grpo.temperature is inf: it must be a finite number"),
         (["run_dir=''"], "run_dir is empty: name a folder"),
-        (["compare.bootstrap_draws=1"], "compare.bootstrap_draws is 1: .* less than 40"),
+        (["compare.bootstrap_draws=1"], "compare.bootstrap_draws is 1: too few for an interval of 95%"),
         (
             ["phantom.reasoned_patients=999"],
             r"phantom.reasoned_patients is 999: .* \(phantom.train_patients\)",

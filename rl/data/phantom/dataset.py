@@ -40,7 +40,7 @@ def write_phantom(config: Config, progress: Progress | None = None) -> Path:
     `config.data.question_ids`, or questions 1-62 when that is empty.
 
     Raises:
-        ConfigError: settings that cannot be used, or a root that holds a dataset which is not a phantom.
+        ConfigError: settings that cannot be used, or a root that holds folders of another dataset.
     """
     phantom = config.phantom
     root = Path(phantom.out_dir).expanduser()

@@ -16,9 +16,10 @@ def refuse_other_data(root: Path) -> None:
     Raises:
         ConfigError: the folder holds something that is no phantom, a part of a dataset say.
     """
-    theirs = [path for path in root.iterdir() if not path.name.startswith("phantom")] if root.is_dir() else []
-    if theirs and not (root / MARKER).exists():  # a stage's own lock and record may be there
+    written = ("images", "masks", "split_files", "question_files", "generate_data")
+    theirs = [name for name in written if (root / name).exists()]
+    if theirs and not (root / MARKER).exists():
         raise ConfigError(
-            f"phantom.out_dir is {root}, which holds files that are no phantoms; choose another folder, phantoms "
+            f"phantom.out_dir is {root}, which holds {theirs[0]} that are no phantoms; choose another folder, phantoms "
             "could overwrite them"
         )

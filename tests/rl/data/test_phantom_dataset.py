@@ -194,7 +194,7 @@ def test_every_split_has_both_sides_and_several_visits() -> None:
 
 def test_a_dataset_that_is_no_phantom_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()  # a part of a download
-    with pytest.raises(ConfigError, match="files that are no phantoms"):
+    with pytest.raises(ConfigError, match="holds images that are no phantoms"):
         write_phantom(phantom_config(tmp_path))
 
 
