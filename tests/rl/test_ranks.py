@@ -27,7 +27,7 @@ RUNS = {
         "schedule: {parameter: bar, to: 0.5, by: 0.5, above: 0.01}}]",
     ],
     "resampled": [
-        *("grpo.volumes_per_step=3", "grpo.resample_rounds=2"),
+        *("grpo.volumes_per_step=3", "grpo.resample_rounds=2", "grpo.scale_rewards=batch"),
         "rewards.components=[{name: 'WORKSHOP/variety.py:picky'}]",
     ],
     # rollouts of one update ago, asked for on both ranks while they train
