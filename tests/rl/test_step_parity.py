@@ -55,7 +55,9 @@ def test_a_step_on_pictures_has_the_loss_and_the_gradients_of_trls_trainer(
 def text_model(qwen3: Qwen3ForCausalLM) -> Any:
     """A language model without pictures, its adapter's B not zero."""
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"])
-    model = get_peft_model(deepcopy(qwen3), lora)
+    base = deepcopy(qwen3)
+    base.config._attn_implementation = "sdpa"  # other tests have packed it
+    model = get_peft_model(base, lora)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
