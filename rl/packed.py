@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rl.decoder import leave_unread_out, require_plain_layers
 from rl.flex import flex_tree_attention, tree_mask
 from rl.gated import save_gate_memory
 from rl.microbatch import attended_at_once, scored_at_once
@@ -286,43 +287,6 @@ ALL_ATTENTION_FUNCTIONS.register(ATTENTIONS["sdpa"], packed_tree_attention)
 ALL_ATTENTION_FUNCTIONS.register(ATTENTIONS["flex"], flex_tree_attention)
 
 
-def _leave_unread_out(layer: Any) -> None:
-    """Let the MLP of the last decoder layer pass over what nothing is predicted from; once for a model.
-
-    By hooks, which keep the names of the weights. The layer itself is told the layout each time it is computed, also by
-    the second forward of gradient checkpointing.
-    """
-    if hasattr(layer, "unread"):
-        return
-    layer.unread = 0
-
-    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        layer.unread = kwargs["layout"].unread if "layout" in kwargs else 0
-
-    layer.register_forward_pre_hook(note, with_kwargs=True)
-    layer.mlp.register_forward_pre_hook(lambda _, args: (args[0][:, layer.unread :],))
-    layer.mlp.register_forward_hook(lambda _, args, out: F.pad(out, (0, 0, layer.unread, 0)))
-
-
-def _require_plain_layers(config: Any, text_config: Any) -> None:
-    kinds = getattr(text_config, "layer_types", None)
-    windowed = (
-        any(kind != "full_attention" for kind in kinds)
-        if kinds
-        else getattr(text_config, "sliding_window", None)
-    )
-    if windowed:
-        raise ValueError(
-            f"{config.model_type} has layers that see a window of tokens only, which cannot be packed; set model.path "
-            "to a model whose layers see all"
-        )
-    if getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None):
-        raise ValueError(
-            f"{config.model_type} adds visual features in further layers, which cannot be packed; set model.path to a "
-            "Qwen2.5-VL"
-        )
-
-
 class PackedPolicy(nn.Module):
     """A causal language model (with or without vision, with or without LoRA) that scores packed batches.
 
@@ -343,9 +307,9 @@ class PackedPolicy(nn.Module):
         super().__init__()
         self.model: Any = model
         self.attention = attention
-        _require_plain_layers(self.causal_lm.config, self.language_model.config)
+        require_plain_layers(self.causal_lm.config, self.language_model.config)
         self.language_model.config._attn_implementation = ATTENTIONS[attention]
-        _leave_unread_out(self.language_model.layers[-1])
+        leave_unread_out(self.language_model.layers[-1])
         for layer in self.language_model.layers:
             save_gate_memory(layer.mlp)
 

@@ -1,0 +1,50 @@
+"""What the packed forward asks of a decoder, and changes in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+
+
+def require_plain_layers(config: Any, text_config: Any) -> None:
+    """Refuse a model that a prefix tree (`rl.packed`) would get wrong.
+
+    Raises:
+        ValueError: layers that see a window of tokens, or visual features that are added after the first layer.
+    """
+    kinds = getattr(text_config, "layer_types", None)
+    windowed = (
+        any(kind != "full_attention" for kind in kinds)
+        if kinds
+        else getattr(text_config, "sliding_window", None)
+    )
+    if windowed:
+        raise ValueError(
+            f"{config.model_type} has layers that see a window of tokens only, which cannot be packed; set model.path "
+            "to a model whose layers see all"
+        )
+    if getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None):
+        raise ValueError(
+            f"{config.model_type} adds visual features in further layers, which cannot be packed; set model.path to a "
+            "Qwen2.5-VL"
+        )
+
+
+def leave_unread_out(layer: Any) -> None:
+    """Let the MLP of the last decoder layer pass over what nothing is predicted from; once for a model.
+
+    By hooks, which keep the names of the weights. The layer itself is told the layout each time it is computed, also by
+    the second forward of gradient checkpointing.
+    """
+    if hasattr(layer, "unread"):
+        return
+    layer.unread = 0
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layer.unread = kwargs["layout"].unread if "layout" in kwargs else 0
+
+    layer.register_forward_pre_hook(note, with_kwargs=True)
+    layer.mlp.register_forward_pre_hook(lambda _, args: (args[0][:, layer.unread :],))
+    layer.mlp.register_forward_hook(lambda _, args, out: F.pad(out, (0, 0, layer.unread, 0)))
