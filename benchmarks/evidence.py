@@ -173,12 +173,12 @@ def _training(configs: Mapping[int, Config]) -> list[str]:
         losses = [record["val_loss"] for record in metrics_of(config, "sft") if "val_loss" in record]
         words = [f"**{loss:.4f}**" if loss == min(losses) else f"{loss:.4f}" for loss in losses]
         steps = [record for record in metrics_of(config, "grpo") if "seconds" in record]
-        seconds = sum(step["seconds"] for step in steps)
+        seconds = grpo_seconds(config)
         shares = [
             f"{sum(step[f'seconds/{part}'] for step in steps) / seconds:.1%}" for part in PARTS.values()
         ]
         hits = sum(step["prefix_hit_rate"] for step in steps) / len(steps)
-        cells = [str(seed), " ".join(words), f"{grpo_seconds(config) / 60:.1f}", *shares, f"{hits:.0%}"]
+        cells = [str(seed), " ".join(words), f"{seconds / 60:.1f}", *shares, f"{hits:.0%}"]
         rows.append(f"| {' | '.join(cells)} |")
     return [*rows, ""]
 

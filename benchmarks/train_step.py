@@ -145,7 +145,8 @@ def section(cells: Sequence[dict[str, Any]]) -> str:
         "| visual tokens | G | arm | seconds | TRL's time / its own | MiB | TRL's MiB / its own | of matmul peak |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for cell in sorted(cells, key=lambda c: (c["visual_tokens"], c["generations"])):
+    cells = sorted(cells, key=lambda c: (c["visual_tokens"], c["generations"]))
+    for cell in cells:
         for name, seconds in cell["seconds"].items():
             ratios = np.divide(cell["seconds"]["trl"], seconds)
             batch = f", {cell['batch'][name]} rows a forward" if name in cell["batch"] else ""

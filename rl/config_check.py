@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from rewards.suite import RewardSuite
 from rl.bench.endpoints import MEASURES, parse_endpoint
 from rl.choices import OWN_PROMPTS
-from rl.config import Config, ConfigError, load_config
+from rl.config import Config, ConfigError, LoraConfig, load_config
 from rl.geometry import vision_geometry, visual_grid
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -46,8 +46,9 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 """Fields that take one of a few words."""
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Linear layers of Qwen2.5-VL's language model."""
+PROJECTIONS = tuple(LoraConfig().target_modules)
+"""Linear layers of the language model: by default all of them are adapted."""
+
 MAY_BE_ZERO = frozenset(
     {
         *("seed", "phantom.seed", "base.seed", "view.window_low", "model.lora.dropout"),

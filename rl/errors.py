@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from rewards.errors import ReasonKneeError
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_ON_A_FULL_DISK = "free space, or choose another place, and run again: what was finished is kept"
 _ABOUT_A_PATH = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 
 
@@ -31,10 +32,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise WriteError(
-            f"cannot write {path} ({error}); free space, or choose another place, and run again: what was "
-            "finished is kept"
-        ) from error
+        raise WriteError(f"cannot write {path} ({error}); {_ON_A_FULL_DISK}") from error
 
 
 @contextmanager
@@ -68,9 +66,7 @@ def in_words(error: BaseException) -> str | None:
     if isinstance(error, ReasonKneeError):
         return str(error)
     if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return (
-            f"{_named(error)}; free space, or choose another place, and run again: what was finished is kept"
-        )
+        return f"{_named(error)}; {_ON_A_FULL_DISK}"
     if isinstance(error, _ABOUT_A_PATH) and error.filename:
         return _named(error)
     return None

@@ -212,9 +212,8 @@ class GRPOTrainer:
             flat = [s for s in scored if not s.has_signal]
             scored = [s for s in scored if s.has_signal] + (fresh + flat)[: len(flat)]
             scored.sort(key=lambda s: self.task.volume_ids[s.example_index])
-        if (
-            resampled and settings.scale_rewards == "batch"
-        ):  # on every rank: by the spread of what all have kept
+        if resampled and settings.scale_rewards == "batch":
+            # on every rank: by the spread of what all have kept
             scored = self.scorer.score([(s.example_index, s.group) for s in scored])
             watch.lap("seconds/reward")
         return scored, drawn

@@ -56,8 +56,6 @@ from rollouts.volumes import read_volume
 __all__ = ["BASE", "BASELINE", "BEST_OF_G", "GRPO", "SFT", "SFT_CONTINUED", "STAGES"]
 
 BASELINE, PRIOR, BASE, SFT, GRPO, SFT_CONTINUED, BEST_OF_G = OWN_RUNS
-
-
 PREVIEW = "preview.png"
 
 
@@ -80,12 +78,10 @@ def run_embed(config: Config, progress: StageProgress) -> str:
     """Every volume of the three splits through the vision tower, once."""
     compute, storage = feature_dtypes(config)
     root = data_root(config)
-    if not any(split_file(root, split).exists() for split in SPLITS):
-        read_split(root, "train")  # says which file is missing
+    there = [split for split in SPLITS if split_file(root, split).exists()]
     volumes = [
         volume
-        for split in SPLITS
-        if split_file(root, split).exists()
+        for split in there or SPLITS  # without any, reading the first says which file is missing
         for volume in load_examples(config, split).volumes().values()
     ]
     keys = embed_examples(

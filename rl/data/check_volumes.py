@@ -13,7 +13,7 @@ from rich.progress import track
 
 from rl.data.boxes import Extent, region_extents
 from rl.data.layout import DataError, Fault, SplitRow
-from rl.data.nifti import Header, check_mask_header, inspect_volume, read_header
+from rl.data.nifti import Header, inspect_volume
 
 
 @dataclass
@@ -38,8 +38,7 @@ def check_volumes(
     sample = set(np.linspace(0, len(rows) - 1, wanted).round().astype(int).tolist())
 
     def look(position: int) -> CheckedVolume:
-        row = rows[position]
-        return _read_whole(root, row, regions) if position in sample else _read_header(root, row)
+        return _look(root, rows[position], regions, whole=position in sample)
 
     with ThreadPoolExecutor(cpu_count()) as pool:  # gzip and numpy release the interpreter lock
         results = pool.map(look, range(len(rows)))
@@ -47,26 +46,11 @@ def check_volumes(
     return {volume.row.image: volume for volume in checked}
 
 
-def _read_whole(root: Path, row: SplitRow, regions: Mapping[int, Sequence[int]]) -> CheckedVolume:
-    found = inspect_volume(root / row.image, root / row.mask if row.mask else None, row.place)
+def _look(root: Path, row: SplitRow, regions: Mapping[int, Sequence[int]], *, whole: bool) -> CheckedVolume:
+    found = inspect_volume(root / row.image, root / row.mask if row.mask else None, row.place, whole=whole)
     faults = found.faults if row.mask else [*found.faults, _unnamed_mask(row)]
     extents = {} if found.mask is None else region_extents(found.mask, regions)
-    return CheckedVolume(row, faults, found.header, opened=True, extents=extents)
-
-
-def _read_header(root: Path, row: SplitRow) -> CheckedVolume:
-    volume = CheckedVolume(row, [], None, opened=False)
-    try:
-        volume.header = read_header(root / row.image, row.place)
-    except DataError as error:
-        volume.faults.append(error)
-    try:
-        if row.mask is None:
-            raise _unnamed_mask(row)
-        check_mask_header(root / row.mask, root / row.image if volume.header else None, row.place)
-    except DataError as error:
-        volume.faults.append(error)
-    return volume
+    return CheckedVolume(row, faults, found.header, opened=whole, extents=extents)
 
 
 def _unnamed_mask(row: SplitRow) -> DataError:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import csv
 import json
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, TextIO, get_args
+from typing import Any, Literal, get_args
 
 from rewards.errors import ReasonKneeError
 from rewards.matching import match_question
@@ -171,38 +171,30 @@ def scan_split(root: Path, split: Split) -> tuple[list[SplitRow], list[DataError
     errors: list[DataError] = []
     lines_of: dict[str, int] = {}
     with file.open(newline="", encoding="utf-8-sig") as stream:
-        reader = _csv_lines(file, stream)
-        _, header = next(reader, (0, []))
-        if isinstance(header, DataError):
-            raise header
-        _check_header(file, tuple(header))
-        for line, cells in reader:
-            try:
-                if isinstance(cells, DataError):
-                    raise cells
-                row = _parse_row(file, line, cells)
-                for key in (row.volume_id, row.image):
-                    if key in lines_of:
-                        raise DataError(
-                            Fault.ROW,
-                            f"{row.place}: {key} is already on line {lines_of[key]}; remove one of the rows",
-                        )
-            except DataError as error:
-                errors.append(error)
-                continue
-            lines_of |= {row.volume_id: row.line, row.image: row.line}
-            rows.append(row)
+        reader = csv.reader(stream)
+        lines = filter(None, reader)  # a blank line is no row
+        try:
+            _check_header(file, tuple(next(lines, ())))
+            for cells in lines:
+                try:
+                    row = _parse_row(file, reader.line_num, cells)
+                    for key in (row.volume_id, row.image):
+                        if key in lines_of:
+                            raise DataError(
+                                Fault.ROW,
+                                f"{row.place}: {key} is already on line {lines_of[key]}; remove one of the rows",
+                            )
+                except DataError as error:
+                    errors.append(error)
+                    continue
+                lines_of |= {row.volume_id: row.line, row.image: row.line}
+                rows.append(row)
+        except (UnicodeDecodeError, csv.Error) as error:
+            problem = (
+                f"{file}: cannot be read after line {reader.line_num} ({error}); save it as CSV in UTF-8"
+            )
+            errors.append(DataError(Fault.ROW, problem))
     return rows, errors
-
-
-def _csv_lines(file: Path, stream: TextIO) -> Iterator[tuple[int, list[str] | DataError]]:
-    """Line number and cells of each line that is not blank; an error in place of the rest that is no CSV in UTF-8."""
-    reader = csv.reader(stream)
-    try:
-        yield from ((reader.line_num, cells) for cells in reader if cells)
-    except (UnicodeDecodeError, csv.Error) as error:
-        problem = f"{file}: cannot be read after line {reader.line_num} ({error}); save it as CSV in UTF-8"
-        yield reader.line_num, DataError(Fault.ROW, problem)
 
 
 def _check_header(file: Path, header: tuple[str, ...]) -> None:

@@ -41,17 +41,17 @@ def read_header(path: Path, place: str) -> Header:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What reading a volume and its mask whole has shown."""
+    """What a look at a volume and its mask has shown."""
 
     faults: list[DataError]
     header: Header | None
     """None when the volume cannot be used."""
     mask: np.ndarray | None
-    """Labels in file order, when volume and mask are sound and on one grid."""
+    """Labels in file order, when they were read and volume and mask are sound and on one grid."""
 
 
-def inspect_volume(image_path: Path, mask_path: Path | None, place: str) -> Inspection:
-    """Read every voxel of a volume and of its mask, and collect what is wrong with them."""
+def inspect_volume(image_path: Path, mask_path: Path | None, place: str, *, whole: bool) -> Inspection:
+    """Look at a volume and its mask, at every voxel (`whole`) or the headers, and collect what is wrong with them."""
     faults: list[DataError] = []
     header: Header | None = None
     mask: np.ndarray | None = None
@@ -59,13 +59,15 @@ def inspect_volume(image_path: Path, mask_path: Path | None, place: str) -> Insp
     try:
         opened = _open(image_path, place, Fault.MISSING_VOLUME, Fault.UNREADABLE_VOLUME)
         sound, image = _header(opened, image_path, place), opened
-        _check_voxels(_voxels(image, image_path, place, Fault.UNREADABLE_VOLUME), image_path, place)
+        if whole:
+            _check_voxels(_voxels(image, image_path, place, Fault.UNREADABLE_VOLUME), image_path, place)
         header = sound
     except DataError as error:
         faults.append(error)
     try:
         if mask_path is not None:
-            mask = _read_mask(mask_path, image, image_path, place)
+            opened = _open_mask(mask_path, image, image_path, place)
+            mask = _voxels(opened, mask_path, place, Fault.UNREADABLE_MASK) if whole else None
     except DataError as error:
         faults.append(error)
     return Inspection(faults, header, mask if header is not None else None)
@@ -78,24 +80,14 @@ def read_mask(path: Path, image_path: Path, place: str) -> np.ndarray:
         DataError: missing, unreadable, not uint8, or not on the image's grid.
     """
     image = _open(image_path, place, Fault.MISSING_VOLUME, Fault.UNREADABLE_VOLUME)
-    return _read_mask(path, image, image_path, place)
+    mask = _open_mask(path, image, image_path, place)
+    return _voxels(mask, path, place, Fault.UNREADABLE_MASK)
 
 
-def check_mask_header(path: Path, image_path: Path | None, place: str) -> None:
-    """Look at a mask's header, beside its image's where that is sound, without reading voxels.
-
-    Raises:
-        DataError: as `read_mask`.
-    """
-    mask = _open(path, place, Fault.MISSING_MASK, Fault.UNREADABLE_MASK)
-    image = image_path and _open(image_path, place, Fault.MISSING_VOLUME, Fault.UNREADABLE_VOLUME)
-    _check_mask_header(mask, path, image, image_path or path, place)
-
-
-def _read_mask(path: Path, image: Any, image_path: Path, place: str) -> np.ndarray:
+def _open_mask(path: Path, image: Any, image_path: Path, place: str) -> Any:
     mask = _open(path, place, Fault.MISSING_MASK, Fault.UNREADABLE_MASK)
     _check_mask_header(mask, path, image, image_path, place)
-    return _voxels(mask, path, place, Fault.UNREADABLE_MASK)
+    return mask
 
 
 def _check_voxels(voxels: np.ndarray, path: Path, place: str) -> None:

@@ -11,9 +11,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
@@ -29,17 +35,22 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def policy() -> PackedPolicy:
     """A small Qwen2.5-VL with a LoRA adapter whose B is not zero, in float64."""
     model = build_model(build_tokenizer([]), seed=0)
+    return PackedPolicy(adapted(model, Qwen2_5_VLRMSNorm, std=0.05).double())
+
+
+def adapted(model: PreTrainedModel, norm: type[nn.Module], std: float) -> PeftModel:
+    """The model with an adapter on its language layers, whose B is drawn with that standard deviation."""
     lora = get_peft_model(
         model, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, exclude_modules=".*visual.*")
     )
     torch.manual_seed(1)
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.05)
+            nn.init.normal_(parameter, std=std)
     for module in lora.modules():
-        if isinstance(module, Qwen2_5_VLRMSNorm):
+        if isinstance(module, norm):
             module.forward = functools.partial(norm_in_its_own_precision, module)
-    return PackedPolicy(lora.double())
+    return lora
 
 
 def norm_in_its_own_precision(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -183,15 +194,7 @@ def test_logits_in_parts_give_the_same_log_probabilities_entropies_and_gradients
 @pytest.fixture(scope="module")
 def text_policy(qwen3: Qwen3ForCausalLM) -> PackedPolicy:
     """A second architecture, without pictures, its adapter's B not zero."""
-    lora = get_peft_model(deepcopy(qwen3), LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS))
-    torch.manual_seed(1)
-    for name, parameter in lora.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.2)
-    for module in lora.modules():
-        if isinstance(module, Qwen3RMSNorm):
-            module.forward = functools.partial(norm_in_its_own_precision, module)
-    return PackedPolicy(lora)
+    return PackedPolicy(adapted(deepcopy(qwen3), Qwen3RMSNorm, std=0.2))
 
 
 Shape = int | tuple[int, list]
