@@ -36,6 +36,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rl.decoder import leave_unread_out, require_plain_layers
 from rl.flex import flex_tree_attention, tree_mask
 from rl.gated import save_gate_memory
+from rl.lora import fuse_adapters
 from rl.microbatch import attended_at_once, scored_at_once
 
 ATTENTIONS = {"sdpa": "packed_tree", "flex": "packed_tree_flex"}
@@ -294,7 +295,8 @@ class PackedPolicy(nn.Module):
     `accelerator.prepare`, must be given this module and be called: calling a part of it skips synchronisation without
     an error.
 
-    The model is changed for good: the name of its attention, its MLPs' forward (`rl.gated`), hooks on the last layer.
+    The model is changed for good: the name of its attention, the forward of its MLPs (`rl.gated`) and of its adapters
+    (`rl.lora`), hooks on the last layer.
     It computes the same as before.
 
     Args:
@@ -312,6 +314,7 @@ class PackedPolicy(nn.Module):
         leave_unread_out(self.language_model.layers[-1])
         for layer in self.language_model.layers:
             save_gate_memory(layer.mlp)
+        fuse_adapters(self.language_model)
 
     @property
     def causal_lm(self) -> Any:

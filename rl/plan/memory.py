@@ -1,11 +1,11 @@
 """Memory of a training process and of an engine, in bytes.
 
 What autograd keeps of a decoder layer whose weights are frozen, a token (b: bytes of a number in the computation's
-format; the adapter and what goes into it are float32, copied when b is 2):
+format; the adapter is float32, and copied when b is 2):
 
     inputs of both norms          2 x 4 hidden
-    inputs of the adapters        4 x their width; in float32 projections that read the same tensor share it
-    outputs of their A            4 r
+    inputs of the adapters        b x their width; projections that read the same tensor share it
+    outputs of their A            b r (`rl.lora`)
     gate, up (`rl.gated`)         2 b intermediate
 
 and for each run of siblings queries, keys and values, the path's before them, and the result. Masks and rotary tables
@@ -86,28 +86,22 @@ def trainer_memory(
 def kept_of_layer(language: Language, lora: LoraConfig, forest: Forest, number_bytes: int) -> float:
     """What autograd keeps of one decoder layer."""
     inputs = language.adapted(lora)
-    if number_bytes == 4:  # no copies: the same tensor is kept once
-        sources = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}
-        widths = {sources.get(name, name): rows for name, (rows, _) in inputs.items()}
-    else:
-        widths = {name: rows for name, (rows, _) in inputs.items()}
-    a_token = (
-        2 * 4 * language.hidden
-        + 4 * sum(widths.values())
-        + 4 * lora.r * len(inputs)
-        + 2 * number_bytes * language.intermediate
+    sources = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}
+    widths = {sources.get(name, name): rows for name, (rows, _) in inputs.items()}
+    a_token = 2 * 4 * language.hidden + number_bytes * (
+        sum(widths.values()) + lora.r * len(inputs) + 2 * language.intermediate
     )
-    return forest.tokens * a_token + sum(
-        _kept_of_attention(language, s, number_bytes) for s in forest.siblings
-    )
+    copies = 0 if number_bytes == 4 else number_bytes * language.lora_weights(lora)
+    attention = sum(_kept_of_attention(language, s, number_bytes) for s in forest.siblings)
+    return forest.tokens * a_token + copies + attention
 
 
 def _unread(language: Language, lora: LoraConfig, forest: Forest, number_bytes: int) -> float:
     """What the last layer keeps less than the others: of tokens from which nothing is read (`rl.packed`)."""
     adapted = {name: rows for name, (rows, _) in language.adapted(lora).items() if name in MLP}
-    # in float32 the inputs of gate and up are a part of the norm's output, which is kept whole
-    own = {name: rows for name, rows in adapted.items() if number_bytes != 4 or name == "down_proj"}
-    mlp = 4 * sum(own.values()) + 4 * lora.r * len(adapted) + 2 * number_bytes * language.intermediate
+    # the inputs of gate and up are a part of the norm's output, which is kept whole
+    own = adapted.get("down_proj", 0) + lora.r * len(adapted) + 2 * language.intermediate
+    mlp = number_bytes * own
     keys = language.kv_heads * language.head_size * number_bytes
     attention = number_bytes * language.hidden + 4 * language.heads + 2 * keys  # result, keys, values
     return forest.unread * (mlp + attention)
@@ -123,7 +117,7 @@ def gradients_of_layer(language: Language, forest: Forest, number_bytes: int) ->
     """The largest set of gradients that exists at once in the backward of a layer."""
     # those of keys and values, one for each head of queries
     attention = 2 * number_bytes * language.hidden * max(s.path + s.tokens for s in forest.siblings)
-    mlp = forest.tokens * language.intermediate * (3 * number_bytes + 4 * (number_bytes != 4))
+    mlp = 2 * number_bytes * language.intermediate * forest.tokens
     return max(attention, mlp)
 
 

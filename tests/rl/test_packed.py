@@ -31,11 +31,15 @@ GRID = (2, 4, 4)  # 2 x 2 x 2 visual tokens after merging
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-@pytest.fixture(scope="module")
-def policy() -> PackedPolicy:
+def small_policy() -> PackedPolicy:
     """A small Qwen2.5-VL with a LoRA adapter whose B is not zero, in float64."""
     model = build_model(build_tokenizer([]), seed=0)
     return PackedPolicy(adapted(model, Qwen2_5_VLRMSNorm, std=0.05).double())
+
+
+@pytest.fixture(scope="module")
+def policy() -> PackedPolicy:
+    return small_policy()
 
 
 def adapted(model: PreTrainedModel, norm: type[nn.Module], std: float) -> PeftModel:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-JOB = Path(__file__).with_name("rank_job.py")
 RUNS = {
     # two volumes on rank 0, one on rank 1; every group a micro-batch of its own, or all of a rank together
     "split": ["grpo.volumes_per_step=3", "grpo.max_tokens_per_microbatch=1"],
@@ -37,10 +36,10 @@ RUNS = {
 }
 
 
-def run_ranks(ranks: int, recipe: Path, folder: Path) -> None:
+def run_ranks(ranks: int, job: str, *arguments: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     result = subprocess.run(
-        [*command, str(JOB), str(recipe), str(folder)],
+        [*command, str(Path(__file__).with_name(job)), *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -60,7 +59,7 @@ def folder(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "runs.json").write_text(json.dumps(RUNS).replace("WORKSHOP", str(workshop)))
     for ranks in (1, 2):
-        run_ranks(ranks, workshop / "recipe.yaml", folder)
+        run_ranks(ranks, "rank_job.py", workshop / "recipe.yaml", folder)
     return folder
 
 
@@ -90,3 +89,15 @@ def test_two_ranks_make_the_step_of_one(workshop: Path, folder: Path, run: str) 
     for name, tensor in one_adapter.items():
         # not element by element: where a gradient is nearly 0, Adam moves by its sign, and so by the order of a sum
         assert (two_adapter[name] - tensor).norm() <= 5e-3 * (tensor - start[name]).norm(), name
+
+
+@pytest.mark.slow
+def test_the_wrapper_of_accelerate_gives_the_gradients_of_one_process(tmp_path: Path) -> None:
+    """Also where ranks have different numbers of micro-batches, the last of which alone synchronises."""
+    for ranks in (1, 2):
+        run_ranks(ranks, "wrapped_job.py", tmp_path)
+    one, two = (load_file(tmp_path / f"gradients-{ranks}.safetensors") for ranks in (1, 2))
+    assert one.keys() == two.keys()
+    for name, gradient in one.items():
+        assert gradient.norm() > 0, name
+        torch.testing.assert_close(two[name], gradient, rtol=1e-10, atol=1e-12)

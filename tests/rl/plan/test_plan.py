@@ -116,9 +116,9 @@ def test_the_phases_of_a_step_share_a_gpu_as_the_placement_says() -> None:
     ("overrides", "memory_gb", "words"),
     [
         ((), 141, "rollouts: "),
-        (("model.gradient_checkpointing=false",), 96, "set model.gradient_checkpointing=true"),
+        (("model.gradient_checkpointing=false",), 80, "set model.gradient_checkpointing=true"),
         (("engine.sleep=false", "engine.gpu_memory_utilization=0.9"), 141, "set engine.sleep=true"),
-        ((), 16, "GB of 15.2 GB; lower grpo.max_tokens_per_microbatch (24576)"),
+        ((), 13, "GB of 12.3 GB; lower grpo.max_tokens_per_microbatch (24576)"),
         (("grpo.max_tokens_per_microbatch=1",), 10, "lower grpo.num_generations"),
         (("engine.gpu_memory_utilization=1",), 141, "sampling needs 147.7 GB"),
         (("engine.gpu_memory_utilization=0.06",), 141, "memory: the KV cache holds "),

@@ -1,0 +1,98 @@
+"""LoRA on a frozen linear layer in one piece: `x W' + b + scaling x A' B'`.
+
+PEFT adds the adapter as layers of its own: a product as wide as the output, its scaling and the sum are each written to
+memory, and where the base is bfloat16 all of it is float32, as is a copy of the input that waits for the backward.
+Here the second factor's product is added onto the first's as it is computed (`addmm`), forward and backward, in the
+base's number format; the weights that are trained stay float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as PeftLinear
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+
+class LoraProduct(torch.autograd.Function):
+    """The layer's output; keeps its input and `scaling x A'`.
+
+    Args:
+        x: [..., in].
+        dropped: x after dropout, which only the adapter sees; None: there is none.
+        weight, bias: [out, in] and [out] of the base, which get no gradient.
+        a, b: [r, in] and [out, r], in the number format of x.
+    Returns:
+        [..., out].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        dropped: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        seen = x if dropped is None else dropped
+        inner_n_R = F.linear(seen.flatten(0, -2), a).mul_(scaling)
+        output = F.linear(x, weight, bias)
+        flat = output.view(-1, len(weight))
+        torch.addmm(
+            flat, inner_n_R, b.t(), out=flat
+        )  # which torch's counter of operations knows, unlike addmm_
+        ctx.save_for_backward(seen, inner_n_R, weight, a, b)
+        ctx.has_dropout, ctx.scaling = dropped is not None, scaling
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        seen, inner_n_R, weight, a, b = ctx.saved_tensors
+        gradient_n = gradient.flatten(0, -2)
+        of_inner_n_R = (gradient_n @ b).mul_(ctx.scaling)
+        of_x = of_dropped = None
+        if ctx.needs_input_grad[0]:
+            of_x = gradient_n @ weight
+            if not ctx.has_dropout:
+                torch.addmm(of_x, of_inner_n_R, a, out=of_x)
+            of_x = of_x.view(seen.shape)
+        if ctx.needs_input_grad[1]:
+            of_dropped = (of_inner_n_R @ a).view(seen.shape)
+        of_a = of_inner_n_R.t() @ seen.flatten(0, -2) if ctx.needs_input_grad[4] else None
+        of_b = gradient_n.t() @ inner_n_R if ctx.needs_input_grad[5] else None
+        return of_x, of_dropped, None, None, of_a, of_b, None
+
+
+class LoraLinear(PeftLinear):
+    """PEFT's layer, computed by `LoraProduct` where one plain adapter is at work, else by PEFT."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        plain = len(active) == 1 and active[0] not in self.lora_variant and not (args or kwargs)
+        if not plain or self.disable_adapters or self.merged or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x, *args, **kwargs)
+        (name,) = active
+        dropout, base = self.lora_dropout[name], self.base_layer
+        drops = self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
+        a, b = (layer[name].weight.to(x.dtype) for layer in (self.lora_A, self.lora_B))
+        return LoraProduct.apply(
+            x, dropout(x) if drops else None, base.weight, base.bias, a, b, self.scaling[name]
+        )
+
+
+def fuse_adapters(model: nn.Module) -> None:
+    """Let every LoRA layer of the model on a plain, frozen linear layer be a `LoraLinear`."""
+    layers: list[Any] = [module for module in model.modules() if type(module) is PeftLinear]
+    for layer in layers:
+        base = layer.base_layer
+        frozen = type(base) is nn.Linear and not any(p.requires_grad for p in base.parameters())
+        biased = any(b.bias is not None for b in layer.lora_B.values())
+        if frozen and not biased:
+            layer.__class__ = LoraLinear

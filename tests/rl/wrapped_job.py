@@ -1,0 +1,43 @@
+"""Gradients of a packed policy inside accelerate's data-parallel wrapper, run by `test_ranks.py` under torchrun.
+
+python -m torch.distributed.run --nproc-per-node 2 wrapped_job.py FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+import rl  # noqa: F401  isort: skip  (before peft imports torchvision)
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from test_packed import random_forest, small_policy
+
+from rl.packed import pack
+
+FOREST = [[[3, 2], [4]], [[5]], [[1, 2, 3]]]
+"""Completion lengths by volume and question; a volume is a micro-batch, so that two ranks have two and one."""
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    policy = small_policy()
+    wrapped = accelerator.prepare(policy)
+    ranks, rank = accelerator.num_processes, accelerator.process_index
+    roots = random_forest(policy, FOREST)[rank::ranks]
+    for root in roots:
+        with nullcontext() if root is roots[-1] else accelerator.no_sync(wrapped):
+            logps_N_T, _ = wrapped(pack([root], policy.causal_lm.config.video_token_id))
+            accelerator.backward(logps_N_T.sum())
+    if accelerator.is_main_process:  # the wrapper averages over ranks
+        gradients = {n: p.grad * ranks for n, p in policy.named_parameters() if p.grad is not None}
+        save_file(gradients, folder / f"gradients-{ranks}.safetensors")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
