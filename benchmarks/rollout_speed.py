@@ -42,7 +42,6 @@ from middle_model import (
 from performance_page import update_page
 
 from rl.base.model import save_base
-from rl.model import save_adapter
 
 QUESTION_TOKENS, COMPLETION_TOKENS = 60, 96
 KV_CACHE_GIB = 2.0
@@ -51,7 +50,7 @@ KV_CACHE_GIB = 2.0
 def save_model(folder: Path) -> tuple[Path, Path]:
     """Folders of the base and of its adapter."""
     model = build_model()
-    save_adapter(model, folder / "adapter")
+    model.save_pretrained(folder / "adapter")
     save_base(folder / "base", model.unload(), TOKENIZER)
     return folder / "base", folder / "adapter"
 

@@ -2,8 +2,8 @@
 
 PEFT adds the adapter as layers of its own: a product as wide as the output, its scaling and the sum are each written to
 memory, and where the base is bfloat16 all of it is float32, as is a copy of the input that waits for the backward.
-Here the second factor's product is added onto the first's as it is computed (`addmm`), forward and backward, in the
-base's number format; the weights that are trained stay float32.
+Here the adapter's product is added onto the base's as it is computed (`addmm`), forward and backward, in the base's
+number format; the weights that are trained stay float32.
 """
 
 from __future__ import annotations
@@ -71,28 +71,32 @@ class LoraProduct(torch.autograd.Function):
 
 
 class LoraLinear(PeftLinear):
-    """PEFT's layer, computed by `LoraProduct` where one plain adapter is at work, else by PEFT."""
+    """PEFT's layer, computed by `LoraProduct` where one plain adapter is at work on frozen weights, else by PEFT."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        active = [name for name in self.active_adapters if name in self.lora_A]
-        plain = len(active) == 1 and active[0] not in self.lora_variant and not (args or kwargs)
-        if not plain or self.disable_adapters or self.merged or torch.is_autocast_enabled(x.device.type):
+        name = self._plain_adapter()
+        if name is None or args or kwargs or torch.is_autocast_enabled(x.device.type):
             return super().forward(x, *args, **kwargs)
-        (name,) = active
-        dropout, base = self.lora_dropout[name], self.base_layer
+        base, dropout = self.base_layer, self.lora_dropout[name]
         drops = self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
         a, b = (layer[name].weight.to(x.dtype) for layer in (self.lora_A, self.lora_B))
         return LoraProduct.apply(
             x, dropout(x) if drops else None, base.weight, base.bias, a, b, self.scaling[name]
         )
 
+    def _plain_adapter(self) -> str | None:
+        """Name of the adapter, if it is the only one at work, of the plain kind, and its base is frozen."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if len(active) != 1 or self.disable_adapters or self.merged:
+            return None
+        (name,) = active
+        is_other_kind = name in self.lora_variant or self.lora_B[name].bias is not None
+        base_learns = any(p.requires_grad for p in self.base_layer.parameters())
+        return None if is_other_kind or base_learns else name
+
 
 def fuse_adapters(model: nn.Module) -> None:
-    """Let every LoRA layer of the model on a plain, frozen linear layer be a `LoraLinear`."""
-    layers: list[Any] = [module for module in model.modules() if type(module) is PeftLinear]
-    for layer in layers:
-        base = layer.base_layer
-        frozen = type(base) is nn.Linear and not any(p.requires_grad for p in base.parameters())
-        biased = any(b.bias is not None for b in layer.lora_B.values())
-        if frozen and not biased:
-            layer.__class__ = LoraLinear
+    """Let every LoRA layer of the model on a plain linear layer be a `LoraLinear`."""
+    for module in model.modules():
+        if type(module) is PeftLinear and type(module.base_layer) is nn.Linear:
+            module.__class__ = LoraLinear

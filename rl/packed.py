@@ -296,8 +296,7 @@ class PackedPolicy(nn.Module):
     an error.
 
     The model is changed for good: the name of its attention, the forward of its MLPs (`rl.gated`) and of its adapters
-    (`rl.lora`), hooks on the last layer.
-    It computes the same as before.
+    (`rl.lora`), hooks on the last layer. It computes the same as before, but for rounding.
 
     Args:
         attention: "sdpa", one call per run of siblings, the reference; or "flex", one call (`rl.flex`).

@@ -106,6 +106,24 @@ def test_the_training_step_is_timed_beside_trl_s_and_its_time_is_divided(tmp_pat
 
 
 @pytest.mark.slow
+def test_rollouts_on_features_are_timed_beside_pictures_with_caches_and_without(tmp_path: Path) -> None:
+    page = tmp_path / "performance"
+    page.with_suffix(".md").write_text("<!-- rollout_speed -->\n<!-- end of rollout_speed -->\n")
+    sizes = ("--visual-tokens", "32", "--generations", "2", "--volumes", "1", "--questions", "2")
+    script("rollout_speed.py", *sizes, "--repetitions", "1", "--out", page)
+    cells = json.loads(page.with_suffix(".json").read_text())["rollout_speed"].values()
+    found = {cell["caches"]: cell for cell in cells}
+    assert found.keys() == {"on", "off"}
+    for cell in found.values():
+        for name in ("pictures", "features"):
+            assert len(cell["seconds"][name]) == 1
+            assert cell["tokens"][name][0] > 2 * 2
+    assert found["on"]["hit_rate"]["features"][0] > 0
+    assert found["off"]["hit_rate"]["features"] == [0]
+    assert "| 32 | 1 | 2 | 2 | off | features | " in page.with_suffix(".md").read_text()
+
+
+@pytest.mark.slow
 def test_the_check_of_the_plan_runs() -> None:
     """On one workload, of which nothing is predicted: seconds are no matter of a test."""
     printed = script("plan_check.py", "--visual", "256", "--questions", "2", "--repeats", "1")

@@ -67,7 +67,7 @@ def trainer_memory(
     inputs = forest.tokens * language.hidden * number_bytes
     # the last layer's inputs are gone when what the one before keeps is made again
     recomputed = max(last, layer - inputs)
-    gradients = gradients_of_layer(language, forest, number_bytes)
+    gradients = gradients_of_layer(language, lora, forest, number_bytes)
     masks = sum(s.computed_pairs for s in forest.siblings if s.path)
     shared = number_bytes * (masks + 2 * forest.tokens * language.head_size)
     adapter = language.layers * language.lora_weights(lora)
@@ -113,11 +113,13 @@ def _kept_of_attention(language: Language, s: Siblings, number_bytes: int) -> fl
     return queries_and_results + 2 * keys
 
 
-def gradients_of_layer(language: Language, forest: Forest, number_bytes: int) -> float:
+def gradients_of_layer(language: Language, lora: LoraConfig, forest: Forest, number_bytes: int) -> float:
     """The largest set of gradients that exists at once in the backward of a layer."""
     # those of keys and values, one for each head of queries
     attention = 2 * number_bytes * language.hidden * max(s.path + s.tokens for s in forest.siblings)
-    mlp = 2 * number_bytes * language.intermediate * forest.tokens
+    # of the product, gate and up; down's adapter, where there is one, has let go of its input by then
+    wide = 2 if "down_proj" in language.adapted(lora) else 3
+    mlp = wide * number_bytes * language.intermediate * forest.tokens
     return max(attention, mlp)
 
 

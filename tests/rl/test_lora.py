@@ -145,11 +145,30 @@ def test_its_derivative_is_that_of_the_formula(has_dropout: bool) -> None:
     assert torch.autograd.gradcheck(LoraProduct.apply, inputs)
 
 
-def test_layers_it_does_not_know_are_left_to_peft() -> None:
-    learning_base, biased, dora = adapted(), adapted(lora_bias=True), adapted(use_dora=True)
-    learning_base.base_model.model.first.base_layer.requires_grad_(True)
-    for model in (learning_base, biased):
-        fuse_adapters(model)
-        assert type(model.base_model.model.first) is PeftLinear
-    theirs, ours = outcomes(both(dora.double()))
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}, {}], ids=str)
+def test_other_kinds_of_adapters_and_learning_bases_are_left_to_peft(settings: dict[str, bool]) -> None:
+    models = both(adapted(**settings).double())
+    if not settings:
+        for model in models:
+            model.base_model.model.first.base_layer.requires_grad_(True)
+    theirs, ours = outcomes(models)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_layers_that_are_not_plainly_linear_are_left_to_peft() -> None:
+    class Quantized(nn.Linear):
+        """As those of bitsandbytes, for one."""
+
+    model = adapted()
+    model.base_model.model.first.base_layer.__class__ = Quantized
+    fuse_adapters(model)
+    assert type(model.base_model.model.first) is PeftLinear
+
+
+def test_it_can_be_merged_and_takes_rows_that_do_not_lie_together_or_none() -> None:
+    theirs, ours = both(adapted().double())
+    assert ours(torch.randn(0, 3, 12, dtype=torch.float64)).shape == (0, 3, 27)
+    x = torch.randn(12, 4, dtype=torch.float64).t()
+    expected = theirs(x)
+    torch.testing.assert_close(ours(x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.merge_and_unload()(x), expected, rtol=1e-12, atol=1e-12)

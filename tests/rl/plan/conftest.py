@@ -18,7 +18,7 @@ from rl.plan.sizes import ModelSizes, model_sizes
 TEXT = {
     "vocab_size": 512,
     "hidden_size": 64,
-    "intermediate_size": 160,
+    "intermediate_size": 344,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -37,9 +37,12 @@ TOWER = {
 }
 
 
-@pytest.fixture(scope="session")
-def lora() -> LoraConfig:
-    return LoraConfig(r=4, alpha=8)
+@pytest.fixture
+def lora(request: pytest.FixtureRequest) -> LoraConfig:
+    """On all projections, or those a test names."""
+    config = LoraConfig(r=4, alpha=8)
+    config.target_modules = getattr(request, "param", config.target_modules)
+    return config
 
 
 @pytest.fixture
