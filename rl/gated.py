@@ -1,8 +1,8 @@
-"""The decoder's gated MLP, with a tensor less that waits for the backward.
+"""The decoder's gated MLP, with two tensors less that wait for the backward.
 
 Left to autograd, `down(silu(gate) * up)` keeps gate, silu(gate), up and the product for each token and layer: of what a
-LoRA training step keeps, two thirds. silu(gate) is made again from gate instead, as Liger Kernel does on GPUs (Hsu et
-al., arXiv 2410.10989); the numbers are the same.
+LoRA training step keeps, two thirds. silu(gate) and the product are made again from gate and up instead, the first as
+Liger Kernel does on GPUs (Hsu et al., arXiv 2410.10989); the numbers are the same.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
+
+from rl.lora import LoraLinear, add_product, lora_product
 
 _PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
@@ -35,8 +37,38 @@ class GatedSiLU(torch.autograd.Function):
         return of_gate, F.silu(gate).mul_(gradient)
 
 
+class GatedDown(torch.autograd.Function):
+    """`silu(gate) * up` through `down` and its adapter (`rl.lora.Factors`); keeps gate and up, not their product."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, *factors: Any) -> torch.Tensor:
+        weight, _, a, b, ctx.scaling = factors
+        product = F.silu(gate).mul_(up)
+        output, inner_n_R = lora_product(product, product, *factors)
+        ctx.save_for_backward(gate, up, inner_n_R, weight, a, b)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up, inner_n_R, weight, a, b = ctx.saved_tensors
+        gradient_n, silu = gradient.flatten(0, -2), F.silu(gate)
+        of_inner_n_R = (gradient_n @ b).mul_(ctx.scaling)
+        of_a = of_inner_n_R.t() @ (silu * up).flatten(0, -2)
+        of_b = gradient_n.t() @ inner_n_R
+        of_gate = of_up = None
+        if any(ctx.needs_input_grad[:2]):
+            of_product = gradient_n @ weight
+            add_product(of_product, of_inner_n_R, a)
+            of_product = of_product.view(gate.shape)
+            of_up = silu.mul_(of_product)
+            of_silu = of_product.mul_(up)
+            of_gate = torch.ops.aten.silu_backward(of_silu, gate, grad_input=of_silu)
+        return of_gate, of_up, None, None, of_a, of_b, None
+
+
 def save_gate_memory(mlp: Any) -> None:
-    """Let a SiLU-gated MLP, as Qwen's and Llama's are, compute with `GatedSiLU`; any other is left as it is.
+    """Let a SiLU-gated MLP, as Qwen's and Llama's are, compute with these; any other is left as it is.
 
     By its class: a forward in the module itself would hold it in a circle, and its weights in memory after their use.
     """
@@ -47,4 +79,8 @@ def save_gate_memory(mlp: Any) -> None:
 
 
 def _gated_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-    return self.down_proj(GatedSiLU.apply(self.gate_proj(x), self.up_proj(x)))
+    gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
+    name = down.plain_adapter(gate) if isinstance(down, LoraLinear) else None
+    if name is None or down.drops(name):
+        return down(GatedSiLU.apply(gate, up))
+    return GatedDown.apply(gate, up, *down.factors(name, gate.dtype))

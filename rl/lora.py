@@ -17,38 +17,54 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 
+Factors = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, float]
+"""weight [out, in] and bias [out] of the base, which get no gradient; a [r, in] and b [out, r]; scaling."""
+
+
+def lora_product(
+    x: torch.Tensor,
+    seen: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The layer's output [..., out], and `scaling x A'` [n, r], which its backward wants.
+
+    Args:
+        x: [..., in].
+        seen: what the adapter sees of it: x itself, or x after dropout.
+    """
+    inner_n_R = F.linear(seen.flatten(0, -2), a).mul_(scaling)
+    output = F.linear(x, weight, bias)
+    add_product(output.view(-1, len(weight)), inner_n_R, b.t())
+    return output, inner_n_R
+
+
+def add_product(to: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """`to += left @ right`, in a form that torch's counter of operations knows, unlike `addmm_`."""
+    torch.addmm(to, left, right, out=to)
+
+
 class LoraProduct(torch.autograd.Function):
-    """The layer's output; keeps its input and `scaling x A'`.
+    """The layer's output; keeps what the adapter sees, and `scaling x A'`.
 
     Args:
         x: [..., in].
         dropped: x after dropout, which only the adapter sees; None: there is none.
-        weight, bias: [out, in] and [out] of the base, which get no gradient.
-        a, b: [r, in] and [out, r], in the number format of x.
+        factors: in the number format of x.
     Returns:
         [..., out].
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        dropped: torch.Tensor | None,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scaling: float,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, dropped: torch.Tensor | None, *factors: Any) -> torch.Tensor:
+        weight, _, a, b, ctx.scaling = factors
         seen = x if dropped is None else dropped
-        inner_n_R = F.linear(seen.flatten(0, -2), a).mul_(scaling)
-        output = F.linear(x, weight, bias)
-        flat = output.view(-1, len(weight))
-        torch.addmm(
-            flat, inner_n_R, b.t(), out=flat
-        )  # which torch's counter of operations knows, unlike addmm_
+        output, inner_n_R = lora_product(x, seen, *factors)
         ctx.save_for_backward(seen, inner_n_R, weight, a, b)
-        ctx.has_dropout, ctx.scaling = dropped is not None, scaling
+        ctx.has_dropout = dropped is not None
         return output
 
     @staticmethod
@@ -61,12 +77,12 @@ class LoraProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_x = gradient_n @ weight
             if not ctx.has_dropout:
-                torch.addmm(of_x, of_inner_n_R, a, out=of_x)
+                add_product(of_x, of_inner_n_R, a)
             of_x = of_x.view(seen.shape)
         if ctx.needs_input_grad[1]:
             of_dropped = (of_inner_n_R @ a).view(seen.shape)
-        of_a = of_inner_n_R.t() @ seen.flatten(0, -2) if ctx.needs_input_grad[4] else None
-        of_b = gradient_n.t() @ inner_n_R if ctx.needs_input_grad[5] else None
+        of_a = of_inner_n_R.t() @ seen.flatten(0, -2)
+        of_b = gradient_n.t() @ inner_n_R
         return of_x, of_dropped, None, None, of_a, of_b, None
 
 
@@ -74,25 +90,31 @@ class LoraLinear(PeftLinear):
     """PEFT's layer, computed by `LoraProduct` where one plain adapter is at work on frozen weights, else by PEFT."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        name = self._plain_adapter()
-        if name is None or args or kwargs or torch.is_autocast_enabled(x.device.type):
+        name = self.plain_adapter(x)
+        if name is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        base, dropout = self.base_layer, self.lora_dropout[name]
-        drops = self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
-        a, b = (layer[name].weight.to(x.dtype) for layer in (self.lora_A, self.lora_B))
-        return LoraProduct.apply(
-            x, dropout(x) if drops else None, base.weight, base.bias, a, b, self.scaling[name]
-        )
+        dropped = self.lora_dropout[name](x) if self.drops(name) else None
+        return LoraProduct.apply(x, dropped, *self.factors(name, x.dtype))
 
-    def _plain_adapter(self) -> str | None:
-        """Name of the adapter, if it is the only one at work, of the plain kind, and its base is frozen."""
+    def plain_adapter(self, x: torch.Tensor) -> str | None:
+        """Name of the adapter, if it is the only one at work, of the plain kind, its base frozen, and nothing cast."""
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if len(active) != 1 or self.disable_adapters or self.merged:
+        if len(active) != 1 or self.disable_adapters or self.merged or torch.is_autocast_enabled(x.device.type):
             return None
         (name,) = active
         is_other_kind = name in self.lora_variant or self.lora_B[name].bias is not None
         base_learns = any(p.requires_grad for p in self.base_layer.parameters())
         return None if is_other_kind or base_learns else name
+
+    def drops(self, name: str) -> bool:
+        """Whether the adapter sees its input after dropout."""
+        dropout = self.lora_dropout[name]
+        return self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
+
+    def factors(self, name: str, dtype: torch.dtype) -> Factors:
+        """What the layer's output is made of besides its input."""
+        a, b = (layer[name].weight.to(dtype) for layer in (self.lora_A, self.lora_B))
+        return self.base_layer.weight, self.base_layer.bias, a, b, self.scaling[name]
 
 
 def fuse_adapters(model: nn.Module) -> None:

@@ -4,7 +4,8 @@ What autograd keeps of a decoder layer whose weights are frozen, a token (b: byt
 format; the adapter is float32, and copied when b is 2):
 
     inputs of both norms          2 x 4 hidden
-    inputs of the adapters        b x their width; projections that read the same tensor share it
+    inputs of the adapters        b x their width, but for down_proj's, which is made again from gate and up;
+                                  projections that read the same tensor share it
     outputs of their A            b r (`rl.lora`)
     gate, up (`rl.gated`)         2 b intermediate
 
@@ -87,7 +88,7 @@ def kept_of_layer(language: Language, lora: LoraConfig, forest: Forest, number_b
     """What autograd keeps of one decoder layer."""
     inputs = language.adapted(lora)
     sources = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}
-    widths = {sources.get(name, name): rows for name, (rows, _) in inputs.items()}
+    widths = {sources.get(name, name): rows for name, (rows, _) in inputs.items() if name != "down_proj"}
     a_token = 2 * 4 * language.hidden + number_bytes * (
         sum(widths.values()) + lora.r * len(inputs) + 2 * language.intermediate
     )
@@ -98,10 +99,9 @@ def kept_of_layer(language: Language, lora: LoraConfig, forest: Forest, number_b
 
 def _unread(language: Language, lora: LoraConfig, forest: Forest, number_bytes: int) -> float:
     """What the last layer keeps less than the others: of tokens from which nothing is read (`rl.packed`)."""
-    adapted = {name: rows for name, (rows, _) in language.adapted(lora).items() if name in MLP}
+    adapted = [name for name in language.adapted(lora) if name in MLP]
     # the inputs of gate and up are a part of the norm's output, which is kept whole
-    own = adapted.get("down_proj", 0) + lora.r * len(adapted) + 2 * language.intermediate
-    mlp = number_bytes * own
+    mlp = number_bytes * (lora.r * len(adapted) + 2 * language.intermediate)
     keys = language.kv_heads * language.head_size * number_bytes
     attention = number_bytes * language.hidden + 4 * language.heads + 2 * keys  # result, keys, values
     return forest.unread * (mlp + attention)
@@ -117,8 +117,7 @@ def gradients_of_layer(language: Language, lora: LoraConfig, forest: Forest, num
     """The largest set of gradients that exists at once in the backward of a layer."""
     # those of keys and values, one for each head of queries
     attention = 2 * number_bytes * language.hidden * max(s.path + s.tokens for s in forest.siblings)
-    # of the product, gate and up; down's adapter, where there is one, has let go of its input by then
-    wide = 2 if "down_proj" in language.adapted(lora) else 3
+    wide = 2 if "down_proj" in language.adapted(lora) else 3  # tensors of the MLP's width (`rl.gated`)
     mlp = wide * number_bytes * language.intermediate * forest.tokens
     return max(attention, mlp)
 

@@ -6,11 +6,13 @@ from copy import deepcopy
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
-from rl.gated import GatedSiLU, save_gate_memory
+from rl.gated import GatedDown, GatedSiLU, save_gate_memory
+from rl.lora import fuse_adapters
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -35,6 +37,63 @@ def test_its_derivative_is_that_of_the_formula() -> None:
     torch.manual_seed(0)
     gate, up = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(GatedSiLU.apply, (gate, up))
+
+
+def adapted_mlp(dropout: float = 0.0) -> PeftModel:
+    """An MLP with adapters on its three projections, in float64."""
+    torch.manual_seed(0)
+    mlp = Qwen2MLP(Qwen2Config(hidden_size=16, intermediate_size=40))
+    names = ["gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(mlp, LoraConfig(r=3, target_modules=names, lora_dropout=dropout)).double()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_with_adapters_it_is_still_the_mlp_of_transformers_and_peft(dropout: float) -> None:
+    theirs = adapted_mlp(dropout)
+    ours = deepcopy(theirs)
+    save_gate_memory(ours.base_model.model)
+    fuse_adapters(ours)
+    found = []
+    for model in (theirs, ours):
+        torch.manual_seed(1)
+        x = torch.randn(2, 7, 16, dtype=torch.float64, requires_grad=True)
+        output = model(x)
+        output.square().sum().backward()
+        found.append([output.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
+def test_with_adapters_its_derivative_is_that_of_the_formula() -> None:
+    torch.manual_seed(0)
+    gate, up, a, b = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 4, 5), (2, 4, 5), (2, 5), (3, 2))
+    )
+    weight = torch.randn(3, 5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(GatedDown.apply, (gate, up, weight, None, a, b, 0.7))
+    assert torch.autograd.gradcheck(
+        lambda a, b: GatedDown.apply(gate.detach(), up.detach(), weight, None, a, b, 0.7), (a, b)
+    )
+
+
+def test_with_adapters_nothing_of_the_width_of_the_mlp_is_kept_but_gate_and_up() -> None:
+    model = adapted_mlp()
+    save_gate_memory(model.base_model.model)
+    fuse_adapters(model)
+    kept: set[int] = set()
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        if x.shape == (2, 7, 40):
+            kept.add(x.data_ptr())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        model(torch.randn(2, 7, 16, dtype=torch.float64))
+    assert len(kept) == 2
 
 
 def test_of_a_gate_its_input_alone_is_kept() -> None:
