@@ -16,7 +16,6 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-
 Factors = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, float]
 """weight [out, in] and bias [out] of the base, which get no gradient; a [r, in] and b [out, r]; scaling."""
 

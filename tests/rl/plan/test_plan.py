@@ -116,7 +116,7 @@ def test_the_phases_of_a_step_share_a_gpu_as_the_placement_says() -> None:
     ("overrides", "memory_gb", "words"),
     [
         ((), 141, "rollouts: "),
-        (("model.gradient_checkpointing=false",), 80, "set model.gradient_checkpointing=true"),
+        (("model.gradient_checkpointing=false",), 70, "set model.gradient_checkpointing=true"),
         (("engine.sleep=false", "engine.gpu_memory_utilization=0.9"), 141, "set engine.sleep=true"),
         ((), 13, "GB of 12.3 GB; lower grpo.max_tokens_per_microbatch (24576)"),
         (("grpo.max_tokens_per_microbatch=1",), 10, "lower grpo.num_generations"),
