@@ -98,7 +98,12 @@ class LoraLinear(PeftLinear):
     def plain_adapter(self, x: torch.Tensor) -> str | None:
         """Name of the adapter, if it is the only one at work, of the plain kind, its base frozen, and nothing cast."""
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if len(active) != 1 or self.disable_adapters or self.merged or torch.is_autocast_enabled(x.device.type):
+        if (
+            len(active) != 1
+            or self.disable_adapters
+            or self.merged
+            or torch.is_autocast_enabled(x.device.type)
+        ):
             return None
         (name,) = active
         is_other_kind = name in self.lora_variant or self.lora_B[name].bias is not None
