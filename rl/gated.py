@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 
-from rl.lora import LoraLinear, add_product, lora_product
+from rl.lora import LoraLinear, adapter_gradients, add_product, lora_product
 
 _PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
@@ -53,9 +53,9 @@ class GatedDown(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up, inner_n_R, weight, a, b = ctx.saved_tensors
         gradient_n, silu = gradient.flatten(0, -2), F.silu(gate)
-        of_inner_n_R = (gradient_n @ b).mul_(ctx.scaling)
-        of_a = of_inner_n_R.t() @ (silu * up).flatten(0, -2)
-        of_b = gradient_n.t() @ inner_n_R
+        of_inner_n_R, of_a, of_b = adapter_gradients(
+            gradient_n, (silu * up).flatten(0, -2), inner_n_R, b, ctx.scaling
+        )
         of_gate = of_up = None
         if any(ctx.needs_input_grad[:2]):
             of_product = gradient_n @ weight

@@ -46,6 +46,14 @@ def add_product(to: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> No
     torch.addmm(to, left, right, out=to)
 
 
+def adapter_gradients(
+    gradient_n: torch.Tensor, seen_n: torch.Tensor, inner_n_R: torch.Tensor, b: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `seen A'` [n, r], of a and of b, from the output's [n, out]."""
+    of_inner_n_R = (gradient_n @ b).mul_(scaling)
+    return of_inner_n_R, of_inner_n_R.t() @ seen_n, gradient_n.t() @ inner_n_R
+
+
 class LoraProduct(torch.autograd.Function):
     """The layer's output; keeps what the adapter sees, and `scaling x A'`.
 
@@ -71,7 +79,8 @@ class LoraProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         seen, inner_n_R, weight, a, b = ctx.saved_tensors
         gradient_n = gradient.flatten(0, -2)
-        of_inner_n_R = (gradient_n @ b).mul_(ctx.scaling)
+        seen_n = seen.flatten(0, -2)
+        of_inner_n_R, of_a, of_b = adapter_gradients(gradient_n, seen_n, inner_n_R, b, ctx.scaling)
         of_x = of_dropped = None
         if ctx.needs_input_grad[0]:
             of_x = gradient_n @ weight
@@ -80,8 +89,6 @@ class LoraProduct(torch.autograd.Function):
             of_x = of_x.view(seen.shape)
         if ctx.needs_input_grad[1]:
             of_dropped = (of_inner_n_R @ a).view(seen.shape)
-        of_a = of_inner_n_R.t() @ seen.flatten(0, -2)
-        of_b = gradient_n.t() @ inner_n_R
         return of_x, of_dropped, None, None, of_a, of_b, None
 
 

@@ -40,15 +40,12 @@ def test_its_derivative_is_that_of_the_formula() -> None:
 
 
 def adapted_mlp(dropout: float = 0.0) -> PeftModel:
-    """An MLP with adapters on its three projections, in float64."""
+    """An MLP with adapters on its three projections, their B not zero, in float64."""
     torch.manual_seed(0)
     mlp = Qwen2MLP(Qwen2Config(hidden_size=16, intermediate_size=40))
     names = ["gate_proj", "up_proj", "down_proj"]
-    model = get_peft_model(mlp, LoraConfig(r=3, target_modules=names, lora_dropout=dropout)).double()
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter)
-    return model
+    config = LoraConfig(r=3, target_modules=names, lora_dropout=dropout, init_lora_weights=False)
+    return get_peft_model(mlp, config).double()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

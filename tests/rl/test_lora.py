@@ -28,13 +28,9 @@ class Pair(nn.Module):
 def adapted(**settings: object) -> PeftModel:
     """By PEFT, with an adapter whose B is not zero."""
     torch.manual_seed(0)
-    model = get_peft_model(
-        Pair(), LoraConfig(r=3, lora_alpha=6, target_modules=["first", "second"], **settings)
-    )
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter)
-    return model
+    names = ["first", "second"]
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=names, init_lora_weights=False, **settings)
+    return get_peft_model(Pair(), config)
 
 
 def both(model: PeftModel) -> list[PeftModel]:

@@ -18,7 +18,7 @@ from rl.plan.sizes import ModelSizes
 SHAPE = TreeShape(volume=150, question=12, completion=20, generations=4)
 QUESTIONS = [3, 3]
 ADAPTED = [
-    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    LoraConfig().target_modules,
     ["q_proj", "v_proj"],
     ["k_proj", "gate_proj", "up_proj"],
 ]
