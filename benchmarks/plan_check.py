@@ -102,7 +102,7 @@ def measure(policy: PackedPolicy, folder: str, visual: int, questions: int, repe
     ]
     given = ["data.root=none", f"model.path={folder}", "model.gradient_checkpointing=true"]
     config = load_config(None, [*given, *(f"grpo.{setting}" for setting in settings)])
-    shape = TreeShape(HEADER + visual, QUESTION, COMPLETION, GENERATIONS)
+    shape = TreeShape(HEADER + visual, QUESTION, COMPLETION, GENERATIONS, "subtree")
     one_flop_a_second = replace(described(config, 1.0, 1.0, 1.0), flops=1.0)
     flops = training(config, model_sizes(folder), shape, one_flop_a_second).ideal_s
     found = Measurement(visual, questions, best(policy, shape, questions, repeats), flops)
@@ -124,7 +124,7 @@ def make_policy() -> PackedPolicy:
     adapter = PeftLoraConfig(
         r=LORA.r, lora_alpha=LORA.alpha, target_modules=rf".*language_model.*\.({names})"
     )
-    policy = PackedPolicy(get_peft_model(Qwen2_5_VLForConditionalGeneration(config), adapter))
+    policy = PackedPolicy(get_peft_model(Qwen2_5_VLForConditionalGeneration(config), adapter), "subtree")
     policy.language_model.gradient_checkpointing_enable({"use_reentrant": False})
     return policy.train()
 

@@ -220,6 +220,7 @@ ARMS: dict[str, Callable[..., Forward]] = {
     "trl": trl,
     "padded": padded,
     "packed": packed,
+    "subtree": partial(packed, attention="subtree"),
     "flex": partial(packed, attention="flex"),
 }
 
@@ -234,7 +235,7 @@ def make_step(arm: str, threads: int, *work: Any) -> Callable[[str], Any]:
 def answers(arm: str, model: PeftModel, *work: Any) -> Callable[[str], Any]:
     """`make_step` on a model that is there already."""
     adapter = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(adapter.values(), lr=1e-4)
+    optimizer = torch.optim.AdamW(adapter.values(), lr=1e-4, fused=True)
     forward = ARMS[arm](model, *work)
 
     def answer(request: str) -> Any:

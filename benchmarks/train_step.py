@@ -11,6 +11,7 @@ random weights, for completions of 96 tokens. Four arms, each in a process of it
     packed-1   the prefix tree, one question about the volume
     packed-4   the prefix tree, four questions about the volume
 
+The tree attends as it does in training on a CPU (`rl/subtree.py`).
 The first two run at the fastest of the batch sizes 1, 2, 4 and 8 per forward, without gradient checkpointing and
 without a pass for old log-probabilities. Before anything is timed, loss and adapter gradients of one question are
 compared across the arms that have one. Seconds are those of a question, memory is what a step takes on top of the
@@ -106,9 +107,9 @@ def measure(visual_tokens: int, generations: int, repetitions: int, threads: int
     batch, arms = {}, {}
     for name in ("trl", "padded"):
         batch[name], arms[name] = fastest(name, work[1], threads)
-    arms["packed-1"] = Arm(make_step, "packed", threads, work[1])
+    arms["packed-1"] = Arm(make_step, "subtree", threads, work[1])
     difference = require_the_same_work(arms)
-    arms["packed-4"] = Arm(make_step, "packed", threads, work[4])
+    arms["packed-4"] = Arm(make_step, "subtree", threads, work[4])
     questions = {name: 4 if name == "packed-4" else 1 for name in arms}
     for arm in arms.values():
         arm.ask("step")

@@ -99,8 +99,9 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
-    attention: str = "sdpa"
-    """How training attends within the tree: sdpa (a call per run of siblings) | flex (one FlexAttention call; GPU)."""
+    attention: str = "auto"
+    """How training attends within the tree: auto (subtree on CPU, sdpa on GPU) | sdpa (a call per run of siblings) |
+    subtree (a call per node; CPU) | flex (one FlexAttention call; GPU)."""
 
 
 @dataclass

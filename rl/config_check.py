@@ -26,7 +26,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "model.device": ("auto", "cpu", "cuda"),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.reasoning": ("required", "none"),
-    "model.attention": ("sdpa", "flex"),
+    "model.attention": ("auto", "sdpa", "subtree", "flex"),
     "embed.dtype": ("auto", "float32", "bfloat16", "float8_e4m3fn"),
     "engine.kind": ("vllm", "hf", "openai"),
     "rewards.reader": ("strict", "tolerant"),
@@ -185,7 +185,9 @@ def _model(config: Config) -> Iterator[str]:
     if unknown := sorted(set(config.model.lora.target_modules) - {*PROJECTIONS}):
         yield f"model.lora.target_modules has {unknown}: the language model's layers have {', '.join(PROJECTIONS)}"
     if config.model.attention == "flex" and config.model.device == "cpu":
-        yield "model.attention is 'flex' with model.device 'cpu', where torch cannot train with it: use 'sdpa'"
+        yield "model.attention is 'flex' with model.device 'cpu', where torch cannot train with it: use 'auto'"
+    if config.model.attention == "subtree" and config.model.device == "cuda":
+        yield "model.attention is 'subtree', whose kernel is one for CPUs, with model.device 'cuda': use 'auto'"
     if not 0 < config.engine.gpu_memory_utilization <= 1:
         yield f"engine.gpu_memory_utilization is {config.engine.gpu_memory_utilization}: it must be in (0, 1]"
 

@@ -32,8 +32,13 @@ def require_plain_layers(config: Any, text_config: Any) -> None:
         )
 
 
+def unread_in_layer(attention: Any, unread: int) -> int:
+    """How many of a row's unread tokens need no result of this attention: all in the last layer, none in others."""
+    return unread if attention.layer_idx == attention.config.num_hidden_layers - 1 else 0
+
+
 def leave_unread_out(layer: Any) -> None:
-    """Let the MLP of the last decoder layer pass over what nothing is predicted from; once for a model.
+    """Let the last decoder layer compute but the keys and values of what nothing is predicted from; once for a model.
 
     By hooks, which keep the names of the weights. The layer itself is told the layout each time it is computed, also by
     the second forward of gradient checkpointing.
@@ -46,5 +51,6 @@ def leave_unread_out(layer: Any) -> None:
         layer.unread = kwargs["layout"].unread if "layout" in kwargs else 0
 
     layer.register_forward_pre_hook(note, with_kwargs=True)
-    layer.mlp.register_forward_pre_hook(lambda _, args: (args[0][:, layer.unread :],))
-    layer.mlp.register_forward_hook(lambda _, args, out: F.pad(out, (0, 0, layer.unread, 0)))
+    for part in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp):
+        part.register_forward_pre_hook(lambda _, args: (args[0][:, layer.unread :],))
+        part.register_forward_hook(lambda _, args, out: F.pad(out, (0, 0, layer.unread, 0)))

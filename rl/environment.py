@@ -71,14 +71,24 @@ def pick_dtype(requested: str, device: torch.device) -> torch.dtype:
     return dtypes[requested]
 
 
+AUTO_ATTENTION = {"cpu": "subtree", "cuda": "sdpa"}
+"""Kind of device -> what `model.attention` "auto" is there."""
+
+
 def pick_attention(requested: str, device: torch.device) -> str:
     """The attention that `model.attention` names, if training on this device can use it.
 
     Raises:
-        ConfigError: `flex` without a GPU that Triton compiles for, or the name is neither sdpa nor flex.
+        ConfigError: `flex` without a GPU that Triton compiles for, `subtree` with one, or the name is not known.
     """
-    if requested not in ("sdpa", "flex"):
-        raise ConfigError(f"model.attention is {requested!r}: use sdpa or flex")
+    if requested == "auto":
+        return AUTO_ATTENTION[device.type]
+    if requested not in ("sdpa", "subtree", "flex"):
+        raise ConfigError(f"model.attention is {requested!r}: use auto, sdpa, subtree or flex")
+    if requested == "subtree" and device.type != "cpu":
+        raise ConfigError(
+            f"model.attention is 'subtree', whose kernel is one for CPUs, not for {device}: use auto"
+        )
     if requested == "flex" and not (device.type == "cuda" and has_triton()):
         raise ConfigError(
             f"model.attention is 'flex', which needs a GPU (CUDA, compute capability 7.0 or above) and Triton; "

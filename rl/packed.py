@@ -12,10 +12,11 @@ Attention per set of siblings ("per level"): the queries of a node's children ar
 node's path [A], once, followed by the same T tokens, each masked but for its own child's past. A token thus attends to
 its own ancestors and its own past only, at the rotary position it would have if it stood alone, so log-probabilities
 and gradients equal those of one padded row per completion. Children with too many tokens for that attend in several
-runs (`rl.microbatch.attended_at_once`). `rl.flex` attends in one call instead.
+runs (`rl.microbatch.attended_at_once`). This is the reference, on every device; `rl.subtree` (CPU) computes no pair to
+mask it, `rl.flex` (GPU) attends in one call.
 
 No completion is predicted from a volume's own tokens: of the last layer they need keys and values alone, so that their
-queries attend to nothing there, and the MLP leaves them out.
+queries attend to nothing there, and all but the projections to keys and values leaves them out.
 """
 
 from __future__ import annotations
@@ -33,14 +34,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rl.decoder import leave_unread_out, require_plain_layers
+from rl.decoder import leave_unread_out, require_plain_layers, unread_in_layer
 from rl.flex import flex_tree_attention, tree_mask
 from rl.gated import save_gate_memory
 from rl.lora import fuse_adapters
 from rl.microbatch import attended_at_once, scored_at_once
-
-ATTENTIONS = {"sdpa": "packed_tree", "flex": "packed_tree_flex"}
-"""`model.attention` -> the attention function's name among transformers'."""
+from rl.norm import save_norm_memory
+from rl.subtree import Spans, subtree_attention, subtree_spans
 
 
 @dataclass
@@ -260,13 +260,13 @@ def packed_tree_attention(
         [1, L, heads, d], as transformers' attention functions return it.
     """
     heads, kv_heads = query.shape[1], key.shape[1]
-    is_last = module.layer_idx == module.config.num_hidden_layers - 1
+    unread = unread_in_layer(module, layout.unread)
     # one split, because its backward is one concatenation; slicing would write a row of zeros per slice
     q_runs = query.split([sum(layout.lengths[child] for child in s.children) for s in layout.siblings], dim=2)
     k_nodes, v_nodes = (x.split(layout.lengths, dim=2) for x in (key, value))
     outputs = []
     for s, mask_T_AT, q in zip(layout.siblings, attention_mask, q_runs, strict=True):
-        if is_last and layout.unread and not s.path:
+        if unread and not s.path:
             outputs.append(torch.zeros_like(q))
             continue
         # grouped queries: [kv_heads, heads of a group, T, d] beside keys that a group shares without copies
@@ -284,8 +284,10 @@ def packed_tree_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(ATTENTIONS["sdpa"], packed_tree_attention)
-ALL_ATTENTION_FUNCTIONS.register(ATTENTIONS["flex"], flex_tree_attention)
+ATTENTIONS = {"sdpa": packed_tree_attention, "subtree": subtree_attention, "flex": flex_tree_attention}
+"""`model.attention` -> its function, which transformers knows as "packed_tree_" and the name."""
+for name, function in ATTENTIONS.items():
+    ALL_ATTENTION_FUNCTIONS.register(f"packed_tree_{name}", function)
 
 
 class PackedPolicy(nn.Module):
@@ -295,11 +297,12 @@ class PackedPolicy(nn.Module):
     `accelerator.prepare`, must be given this module and be called: calling a part of it skips synchronisation without
     an error.
 
-    The model is changed for good: the name of its attention, the forward of its MLPs (`rl.gated`) and of its adapters
-    (`rl.lora`), hooks on the last layer. It computes the same as before, but for rounding.
+    The model is changed for good: the name of its attention, the forward of its MLPs (`rl.gated`), norms (`rl.norm`)
+    and adapters (`rl.lora`), hooks on the last layer. It computes the same as before, but for rounding.
 
     Args:
-        attention: "sdpa", one call per run of siblings, the reference; or "flex", one call (`rl.flex`).
+        attention: "sdpa", one call per run of siblings, the reference; "subtree", one per node and what is below it
+            (`rl.subtree`; CPU); or "flex", one call (`rl.flex`; GPU).
     Raises:
         ValueError: a model whose layers look at a window of tokens, or take visual features after the first.
     """
@@ -309,10 +312,11 @@ class PackedPolicy(nn.Module):
         self.model: Any = model
         self.attention = attention
         require_plain_layers(self.causal_lm.config, self.language_model.config)
-        self.language_model.config._attn_implementation = ATTENTIONS[attention]
+        self.language_model.config._attn_implementation = f"packed_tree_{attention}"
         leave_unread_out(self.language_model.layers[-1])
         for layer in self.language_model.layers:
             save_gate_memory(layer.mlp)
+        save_norm_memory(self.language_model)
         fuse_adapters(self.language_model)
 
     @property
@@ -367,8 +371,10 @@ class PackedPolicy(nn.Module):
         ).last_hidden_state[0]
         return hidden[batch.predictors_N_T[batch.mask_N_T]]
 
-    def _masks(self, layout: Layout) -> list[torch.Tensor | None] | BlockMask:
+    def _masks(self, layout: Layout) -> list[torch.Tensor | None] | Spans | BlockMask:
         """What the attention function is given as its mask, the same in every layer."""
+        if self.attention == "subtree":
+            return subtree_spans(layout.lengths, layout.parents)
         if self.attention == "flex":
             return tree_mask(layout.lengths, layout.parents, self.device)
         device = self.device

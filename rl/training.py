@@ -42,8 +42,8 @@ class CheckpointError(ReasonKneeError, ValueError):
 def make_optimizer(
     parameters: Iterable[torch.nn.Parameter], learning_rate: float, weight_decay: float
 ) -> Optimizer:
-    """AdamW as the paper's baseline uses it."""
-    return AdamW(list(parameters), lr=learning_rate, weight_decay=weight_decay)
+    """AdamW as the paper's baseline uses it; one pass over each parameter and its moments instead of a dozen."""
+    return AdamW(list(parameters), lr=learning_rate, weight_decay=weight_decay, fused=True)
 
 
 def make_schedule(optimizer: Optimizer, kind: str, warmup_steps: int, steps: int) -> LambdaLR:

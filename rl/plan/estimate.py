@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from rl.config import Config, load_config
+from rl.environment import AUTO_ATTENTION
 from rl.microbatch import GroupTokens, within_budget
 from rl.plan.engine import EngineMemory, Sampling, engine_memory, sampling
 from rl.plan.flops import Operations, TreeShape, backward, forward, vision
@@ -114,8 +115,8 @@ def make_plan(config: Config, hardware: Hardware) -> Plan:
     """
     sizes, work, past = model_sizes(config.model.path), workload(config), history(config)
     language, grpo = sizes.language, config.grpo
-    longest = _shape(config, work, grpo.max_completion_length)
-    shape = _shape(config, work, past.completion) if past else longest
+    longest = _shape(config, work, grpo.max_completion_length, hardware.is_gpu)
+    shape = _shape(config, work, past.completion, hardware.is_gpu) if past else longest
     parts = microbatches(config, longest, math.ceil(grpo.volumes_per_step / config.ray.num_workers))
     largest = max(parts, key=lambda part: longest.forest(part).tokens)
     memory = {
@@ -153,8 +154,15 @@ def make_plan(config: Config, hardware: Hardware) -> Plan:
     )
 
 
-def _shape(config: Config, work: Workload, completion: float) -> TreeShape:
-    return TreeShape(work.visual + work.header, work.question, round(completion), config.grpo.num_generations)
+def _shape(config: Config, work: Workload, completion: float, is_gpu: bool) -> TreeShape:
+    requested = config.model.attention
+    return TreeShape(
+        work.visual + work.header,
+        work.question,
+        round(completion),
+        config.grpo.num_generations,
+        attention=AUTO_ATTENTION["cuda" if is_gpu else "cpu"] if requested == "auto" else requested,
+    )
 
 
 def microbatches(config: Config, shape: TreeShape, volumes: int) -> list[list[int]]:
@@ -234,7 +242,7 @@ def _shares(past: History | None, hardware: Hardware) -> tuple[tuple[float, floa
         reached = f"{SHARE:.0%} of the peak rates are reached (that run's rollouts and training overlapped)"
         return (SHARE, SHARE), [said, reached]
     sizes, work = model_sizes(ran.model.path), workload(ran)
-    shape = _shape(ran, work, past.completion)
+    shape = _shape(ran, work, past.completion, hardware.is_gpu)
     engine = engine_memory(ran, sizes.language, hardware, shape, ran.grpo.questions_per_volume)
     train_s = _computed_share(ran, past) * training(ran, sizes, shape, hardware).ideal_s
     rollout_s = sampling(ran, sizes.language, hardware, shape, engine).ideal_s

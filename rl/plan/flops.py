@@ -1,7 +1,7 @@
 """Floating-point operations: 2 for each multiplication with a weight and the addition that follows.
 
-Attention is counted for the pairs of tokens that may see each other. What the packed forward computes beyond that (what
-siblings would see of each other) is kept apart: it costs time and is of no use.
+Attention is counted for the pairs of tokens that may see each other. What the packed forward computes beyond that (with
+SDPA per level, what siblings would see of each other) is kept apart: it costs time and is of no use.
 
     forward           2 W a token, W the weights it is multiplied with; attention 4 H a pair and layer, H the width
     backward          the same again for the gradient of the inputs; that of the frozen weights is not computed, so the
@@ -9,7 +9,8 @@ siblings would see of each other) is kept apart: it costs time and is of no use.
                       scores anew (FlashAttention-2, arXiv 2307.08691)
     checkpointing     another forward of the layers
 
-In the last layer nothing is read from a volume's tokens: the trainer leaves out their attention and MLP (`rl.packed`).
+In the last layer nothing is read from a volume's tokens: the trainer computes their keys and values alone
+(`rl.packed`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import astuple, dataclass
 
 from rl.config import LoraConfig
 from rl.microbatch import attended_at_once, scored_at_once
-from rl.plan.sizes import MLP, Language, Vision
+from rl.plan.sizes import UNREAD, Language, Vision
 
 ATTENTION_BACKWARD = 2.5
 
@@ -83,10 +84,23 @@ class Forest:
     """Tokens of completions: those that the output layer predicts."""
     unread: int
     """Tokens of volumes, which the last layer leaves out but for keys and values; 0 for an engine, which does not."""
+    attention: str
+    """How it attends: "subtree" (`rl.subtree`), or a call per run of siblings."""
 
     @property
     def tokens(self) -> int:
         return sum(s.tokens for s in self.siblings)
+
+    @property
+    def pairs(self) -> float:
+        return sum(s.pairs for s in self.siblings)
+
+    @property
+    def masked_pairs(self) -> float:
+        """Pairs that are computed to be masked."""
+        return (
+            0.0 if self.attention == "subtree" else sum(s.computed_pairs for s in self.siblings) - self.pairs
+        )
 
     @property
     def unread_pairs(self) -> float:
@@ -103,12 +117,14 @@ class TreeShape:
     completion: int
     generations: int
     """Completions of a question."""
+    attention: str
+    """How they attend, as in `Forest`."""
 
     def prompts(self, questions: Sequence[int]) -> Forest:
         """Volumes that are asked so many questions each."""
         volumes = _runs(0, self.volume, len(questions))
         asked = (run for count in questions for run in _runs(self.volume, self.question, count))
-        return Forest((*volumes, *asked), scored=0, unread=0)
+        return Forest((*volumes, *asked), scored=0, unread=0, attention=self.attention)
 
     def forest(self, questions: Sequence[int]) -> Forest:
         """The same with all completions."""
@@ -118,6 +134,7 @@ class TreeShape:
             (*self.prompts(questions).siblings, *group * groups),
             scored=groups * self.generations * self.completion,
             unread=len(questions) * self.volume,
+            attention=self.attention,
         )
 
     def padded_tokens(self, questions: int) -> int:
@@ -133,13 +150,12 @@ def _runs(path: int, length: int, count: int) -> list[Siblings]:
 def forward(language: Language, lora: LoraConfig, forest: Forest) -> Operations:
     """One packed forward."""
     weights = language.layers * (language.layer_weights + language.lora_weights(lora))
-    mlp = language.mlp_weights + language.lora_weights(lora, MLP)
+    unread = language.unread_weights + language.lora_weights(lora, UNREAD)
     a_pair = 4 * language.hidden
-    pairs = sum(s.pairs for s in forest.siblings)
     return Operations(
-        linear=2 * (forest.tokens * weights - forest.unread * mlp),
-        attention=a_pair * (language.layers * pairs - forest.unread_pairs),
-        masked=a_pair * language.layers * (sum(s.computed_pairs for s in forest.siblings) - pairs),
+        linear=2 * (forest.tokens * weights - forest.unread * unread),
+        attention=a_pair * (language.layers * forest.pairs - forest.unread_pairs),
+        masked=a_pair * language.layers * forest.masked_pairs,
         lm_head=2 * forest.scored * language.vocabulary * language.hidden,
     )
 
@@ -148,7 +164,7 @@ def backward(language: Language, lora: LoraConfig, forest: Forest, *, checkpoint
     """The backward after `forward`, with what checkpointing computes again."""
     there = forward(language, lora, forest)
     adapter = 2 * forest.tokens * language.layers * language.lora_weights(lora)
-    adapter -= 2 * forest.unread * language.lora_weights(lora, MLP)
+    adapter -= 2 * forest.unread * language.lora_weights(lora, UNREAD)
     in_parts = forest.scored > scored_at_once(language.vocabulary)  # then the logits are made again
     back = Operations(
         linear=there.linear + adapter,

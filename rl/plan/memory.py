@@ -3,14 +3,16 @@
 What autograd keeps of a decoder layer whose weights are frozen, a token (b: bytes of a number in the computation's
 format; the adapter is float32, and copied when b is 2):
 
-    inputs of both norms          2 x 4 hidden
+    inputs of both norms          2 b hidden, and a number for each (`rl.norm`)
     inputs of the adapters        b x their width, but for down_proj's, which is made again from gate and up;
                                   projections that read the same tensor share it
     outputs of their A            b r (`rl.lora`)
     gate, up (`rl.gated`)         2 b intermediate
 
-and for each run of siblings queries, keys and values, the path's before them, and the result. Masks and rotary tables
-are there once for all layers. With checkpointing only the layers' inputs, and all this for one layer at a time.
+and queries, keys, values, the result and its log-sum-exp. SDPA per run of siblings keeps copies of them, the path's
+keys and values before those of each run; attention by subtrees (`rl.subtree`) has none, and its result is what o_proj
+takes. Rotary tables and SDPA's masks are there once for all layers. With checkpointing only the layers' inputs, and all
+this for one layer at a time.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from dataclasses import dataclass
 
 from rl.config import LoraConfig
 from rl.microbatch import scored_at_once
-from rl.plan.flops import Forest, Siblings
-from rl.plan.sizes import MLP, Language
+from rl.plan.flops import Forest
+from rl.plan.sizes import UNREAD, Language
 
 LOGIT_COPIES = 3
 """Float32 tensors of tokens x vocabulary that exist at once in `rl.packed`: log-probabilities, their gradient and that
@@ -69,7 +71,8 @@ def trainer_memory(
     # the last layer's inputs are gone when what the one before keeps is made again
     recomputed = max(last, layer - inputs)
     gradients = gradients_of_layer(language, lora, forest, number_bytes)
-    masks = sum(s.computed_pairs for s in forest.siblings if s.path)
+    masked = () if forest.attention == "subtree" else forest.siblings
+    masks = sum(s.computed_pairs for s in masked if s.path)
     shared = number_bytes * (masks + 2 * forest.tokens * language.head_size)
     adapter = language.layers * language.lora_weights(lora)
     return TrainerMemory(
@@ -89,28 +92,34 @@ def kept_of_layer(language: Language, lora: LoraConfig, forest: Forest, number_b
     inputs = language.adapted(lora)
     sources = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}
     widths = {sources.get(name, name): rows for name, (rows, _) in inputs.items() if name != "down_proj"}
-    a_token = 2 * 4 * language.hidden + number_bytes * (
-        sum(widths.values()) + lora.r * len(inputs) + 2 * language.intermediate
+    a_token = 2 * 4 + number_bytes * (
+        2 * language.hidden + sum(widths.values()) + lora.r * len(inputs) + 2 * language.intermediate
     )
     copies = 0 if number_bytes == 4 else number_bytes * language.lora_weights(lora)
-    attention = sum(_kept_of_attention(language, s, number_bytes) for s in forest.siblings)
-    return forest.tokens * a_token + copies + attention
+    return forest.tokens * a_token + copies + _kept_of_attention(language, lora, forest, number_bytes)
 
 
 def _unread(language: Language, lora: LoraConfig, forest: Forest, number_bytes: int) -> float:
     """What the last layer keeps less than the others: of tokens from which nothing is read (`rl.packed`)."""
-    adapted = [name for name in language.adapted(lora) if name in MLP]
-    # the inputs of gate and up are a part of the norm's output, which is kept whole
-    mlp = number_bytes * (lora.r * len(adapted) + 2 * language.intermediate)
+    adapted = [name for name in language.adapted(lora) if name in UNREAD]
+    # the inputs of the projections are parts of tensors that are kept whole
+    linear = number_bytes * (lora.r * len(adapted) + 2 * language.intermediate)
     keys = language.kv_heads * language.head_size * number_bytes
-    attention = number_bytes * language.hidden + 4 * language.heads + 2 * keys  # result, keys, values
-    return forest.unread * (mlp + attention)
+    attention = number_bytes * language.hidden + 4 * language.heads + 2 * keys  # copies for SDPA's call
+    return forest.unread * (linear + (0 if forest.attention == "subtree" else attention))
 
 
-def _kept_of_attention(language: Language, s: Siblings, number_bytes: int) -> float:
-    queries_and_results = s.tokens * language.heads * (2 * language.head_size * number_bytes + 4)
-    keys = (s.path + s.tokens) * language.kv_heads * language.head_size * number_bytes
-    return queries_and_results + 2 * keys
+def _kept_of_attention(language: Language, lora: LoraConfig, forest: Forest, number_bytes: int) -> float:
+    keys = 2 * language.kv_heads * language.head_size * number_bytes
+    queries = language.hidden * number_bytes
+    result = queries + 4 * language.heads
+    if forest.attention == "subtree":
+        shared = (
+            queries if "o_proj" in language.adapted(lora) else 0
+        )  # counted as the input of o_proj's adapter
+        return forest.tokens * (queries + keys + result - shared)
+    path_and_own = sum(s.path + s.tokens for s in forest.siblings)
+    return forest.tokens * (queries + result) + path_and_own * keys
 
 
 def gradients_of_layer(language: Language, lora: LoraConfig, forest: Forest, number_bytes: int) -> float:

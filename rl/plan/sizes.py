@@ -9,8 +9,8 @@ from typing import Any
 from rl.config import ConfigError, LoraConfig
 from rl.geometry import PUBLISHED, VisionGeometry, model_config, vision_geometry
 
-MLP = ("gate_proj", "up_proj", "down_proj")
-"""The linear layers of a decoder layer's MLP."""
+UNREAD = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers that the last decoder layer computes for tokens only from which something is predicted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +50,9 @@ class Language:
         return sum(rows * columns for rows, columns in self.projections.values())
 
     @property
-    def mlp_weights(self) -> int:
-        """Those of the MLP among them."""
-        return 3 * self.hidden * self.intermediate
+    def unread_weights(self) -> int:
+        """Those among them that the last layer has no use for where nothing is predicted."""
+        return sum(rows * columns for name, (rows, columns) in self.projections.items() if name in UNREAD)
 
     @property
     def parameters(self) -> int:

@@ -13,7 +13,14 @@ import torch
 
 import rewards
 from rl.config import ConfigError
-from rl.environment import describe_environment, pick_attention, pick_device, pick_dtype, write_environment
+from rl.environment import (
+    AUTO_ATTENTION,
+    describe_environment,
+    pick_attention,
+    pick_device,
+    pick_dtype,
+    write_environment,
+)
 from rl.one_install import check_one_install
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests a machine without a GPU")
@@ -43,6 +50,7 @@ def test_cuda_without_a_gpu_says_what_to_install() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_flex_attention_needs_a_gpu_and_a_compiler_for_it(device: str) -> None:
     assert pick_attention("sdpa", torch.device(device)) == "sdpa"
+    assert pick_attention("auto", torch.device(device)) == AUTO_ATTENTION[device]
     with pytest.raises(
         ConfigError, match=rf"model\.attention is 'flex'.* Triton; torch .* on {device} .*: use sdpa"
     ):
@@ -54,8 +62,14 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         pick_device("tpu")
     with pytest.raises(ConfigError, match="auto, float32, bfloat16"):
         pick_dtype("float16", torch.device("cpu"))
-    with pytest.raises(ConfigError, match=r"model\.attention is 'flash': use sdpa or flex"):
+    with pytest.raises(ConfigError, match=r"model\.attention is 'flash': use auto, sdpa, subtree or flex"):
         pick_attention("flash", torch.device("cpu"))
+
+
+def test_attention_by_subtrees_has_no_kernel_for_a_gpu() -> None:
+    assert pick_attention("subtree", torch.device("cpu")) == "subtree"
+    with pytest.raises(ConfigError, match=r"'subtree', whose kernel is one for CPUs, not for cuda: use auto"):
+        pick_attention("subtree", torch.device("cuda"))
 
 
 def test_the_environment_names_versions_hardware_and_seed() -> None:

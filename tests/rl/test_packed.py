@@ -119,6 +119,7 @@ def alone(policy: PackedPolicy, path: tuple[Node, ...], temperature: float = 1.0
     return logps[len(ids) - n - 1 : -1].gather(-1, torch.tensor(ids[len(ids) - n :])[:, None]).squeeze(-1)
 
 
+attentions = st.sampled_from(["sdpa", "subtree"])
 lengths = st.lists(
     st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3), min_size=1, max_size=3),
     min_size=1,
@@ -127,11 +128,12 @@ lengths = st.lists(
 
 
 @settings(max_examples=25, deadline=None)
-@given(shape=lengths, temperature=st.sampled_from([1.0, 0.7]))
+@given(shape=lengths, temperature=st.sampled_from([1.0, 0.7]), attention=attentions)
 def test_packed_log_probabilities_and_gradients_equal_one_row_per_completion(
-    policy: PackedPolicy, shape: list[list[list[int]]], temperature: float
+    policy: PackedPolicy, shape: list[list[list[int]]], temperature: float, attention: str
 ) -> None:
     """Random trees, empty completions included, in float64 to 1e-10."""
+    policy = PackedPolicy(policy.model, attention)
     roots = random_forest(policy, shape)
     batch = pack(roots, policy.causal_lm.config.video_token_id)
     trained = [p for p in policy.parameters() if p.requires_grad]
@@ -148,15 +150,17 @@ def test_packed_log_probabilities_and_gradients_equal_one_row_per_completion(
         assert float((a - b).norm()) <= 1e-10 * max(1.0, float(b.norm()))
 
 
-def test_float32_stays_within_the_stated_tolerance(policy: PackedPolicy) -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "subtree"])
+def test_float32_stays_within_the_stated_tolerance(policy: PackedPolicy, attention: str) -> None:
     roots = random_forest(policy, [[[5, 4], [3]], [[2, 5, 1]]])
-    single = PackedPolicy(policy.model)
-    exact, _ = single(pack(roots, policy.causal_lm.config.video_token_id))
+    exact, _ = PackedPolicy(policy.model)(pack(roots, policy.causal_lm.config.video_token_id))
     for root in roots:
         root.features_V_H = root.features_V_H.float() if root.features_V_H is not None else None
     policy.float()
     try:
-        rounded, _ = policy(pack(roots, policy.causal_lm.config.video_token_id))
+        rounded, _ = PackedPolicy(policy.model, attention)(
+            pack(roots, policy.causal_lm.config.video_token_id)
+        )
     finally:
         policy.double()
     assert ((rounded - exact).abs() <= 1e-5 * exact.abs().clamp(min=1.0)).all()
@@ -222,27 +226,26 @@ def grown(shape: Shape, first: int = 1) -> Node:
 
 
 @settings(max_examples=25, deadline=None)
-@given(forest=forests, dtype=st.sampled_from([torch.float64, torch.float32]))
+@given(forest=forests, dtype=st.sampled_from([torch.float64, torch.float32]), attention=attentions)
 def test_text_trees_of_any_depth_pack_the_same_way_in_a_second_architecture(
-    text_policy: PackedPolicy, forest: list[Shape], dtype: torch.dtype
+    text_policy: PackedPolicy, forest: list[Shape], dtype: torch.dtype, attention: str
 ) -> None:
     """To 1e-10 in float64; in float32 within 1e-5 of a log-probability and 1e-4 of a gradient's norm."""
     off_logp, off_gradient = (1e-10, 1e-10) if dtype == torch.float64 else (1e-5, 1e-4)
-    policy, roots = text_policy.to(dtype), [grown(shape) for shape in forest]
+    policy = PackedPolicy(text_policy.to(dtype).model, attention)
+    roots = [grown(shape) for shape in forest]
     rows = list(paths(roots))
     assume(any(path[-1].token_ids for path in rows))
     trained = [p for p in policy.parameters() if p.requires_grad]
     logps_N_T, _ = policy(pack(roots, visual_token_id=-1))
     got = torch.autograd.grad(logps_N_T.pow(2).sum(), trained)
 
-    attention = policy.language_model.config._attn_implementation
     policy.language_model.config._attn_implementation = "sdpa"
     expected = []
     for path in rows:
         ids, n = torch.tensor([t for node in path for t in node.token_ids]), len(path[-1].token_ids)
         scores = F.log_softmax(policy.causal_lm(input_ids=ids[None], use_cache=False).logits[0], dim=-1)
         expected.append(scores[len(ids) - n - 1 : -1].gather(-1, ids[len(ids) - n :, None]).squeeze(-1))
-    policy.language_model.config._attn_implementation = attention
     for row, logps in zip(expected, logps_N_T, strict=True):
         assert ((logps[: len(row)] - row).abs() <= off_logp * row.abs().clamp(min=1)).all()
         assert not logps[len(row) :].any()

@@ -45,15 +45,16 @@ def lora(request: pytest.FixtureRequest) -> LoraConfig:
     return config
 
 
-@pytest.fixture
-def policy(lora: LoraConfig) -> PackedPolicy:
+@pytest.fixture(params=["sdpa", "subtree"])
+def policy(lora: LoraConfig, request: pytest.FixtureRequest) -> PackedPolicy:
+    """With each attention that runs on a CPU."""
     torch.manual_seed(0)
     config = Qwen2_5_VLConfig(text_config=TEXT, vision_config=TOWER, video_token_id=500)
     names = "|".join(lora.target_modules)
     adapter = PeftLoraConfig(
         r=lora.r, lora_alpha=lora.alpha, target_modules=rf".*language_model.*\.({names})"
     )
-    return PackedPolicy(get_peft_model(Qwen2_5_VLForConditionalGeneration(config), adapter))
+    return PackedPolicy(get_peft_model(Qwen2_5_VLForConditionalGeneration(config), adapter), request.param)
 
 
 @pytest.fixture

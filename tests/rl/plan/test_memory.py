@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
@@ -15,7 +16,7 @@ from rl.plan.flops import TreeShape
 from rl.plan.memory import LOGIT_COPIES, TrainerMemory, trainer_memory
 from rl.plan.sizes import ModelSizes
 
-SHAPE = TreeShape(volume=150, question=12, completion=20, generations=4)
+SHAPE = TreeShape(volume=150, question=12, completion=20, generations=4, attention="sdpa")
 QUESTIONS = [3, 3]
 ADAPTED = [
     LoraConfig().target_modules,
@@ -35,11 +36,13 @@ def prepared(policy: PackedPolicy, dtype: torch.dtype, checkpointing: bool) -> P
     return policy.train()
 
 
-def predicted(sizes: ModelSizes, lora: LoraConfig, dtype: torch.dtype, checkpointing: bool) -> TrainerMemory:
+def predicted(
+    sizes: ModelSizes, lora: LoraConfig, attention: str, dtype: torch.dtype, checkpointing: bool
+) -> TrainerMemory:
     return trainer_memory(
         sizes.language,
         lora,
-        SHAPE.forest(QUESTIONS),
+        replace(SHAPE, attention=attention).forest(QUESTIONS),
         number_bytes=dtype.itemsize,
         checkpointing=checkpointing,
         reference=False,
@@ -59,8 +62,11 @@ def run(policy: PackedPolicy) -> torch.Tensor:
 
 
 def most_allocated(work: Callable[[], object]) -> int:
-    """Bytes at the peak, beyond what was there before."""
-    with profile(profile_memory=True) as profiled:
+    """Bytes at the peak, beyond what was there before.
+
+    Without oneDNN, whose products in bfloat16 take up to a megabyte while they are computed, however small they are.
+    """
+    with torch.backends.mkldnn.flags(enabled=False), profile(profile_memory=True) as profiled:
         work()
     assert profiled.profiler is not None
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -85,25 +91,27 @@ def test_what_autograd_keeps_of_a_layer_is_counted_to_a_hundredth(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         run(policy)
     found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    memory = predicted(sizes, lora, dtype, checkpointing=False)
+    memory = predicted(sizes, lora, policy.attention, dtype, checkpointing=False)
     assert found == pytest.approx(memory.kept + memory.logits / LOGIT_COPIES, rel=0.01)
 
 
 @pytest.mark.parametrize("lora", ADAPTED, indirect=True, ids="+".join)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_peak_of_a_training_step_is_predicted_within_a_tenth(
+def test_the_peak_of_a_training_step_is_predicted_within_a_twentieth(
     policy: PackedPolicy, sizes: ModelSizes, lora: LoraConfig, dtype: torch.dtype, checkpointing: bool
 ) -> None:
     prepared(policy, dtype, checkpointing)
     run(policy).backward()  # the gradients of the adapter are there from now on
-    memory = predicted(sizes, lora, dtype, checkpointing)
+    memory = predicted(sizes, lora, policy.attention, dtype, checkpointing)
     found = most_allocated(lambda: run(policy).backward())
-    assert found == pytest.approx(memory.peak - memory.resident, rel=0.1)
+    assert found == pytest.approx(memory.peak - memory.resident, rel=0.05)
 
 
 def test_checkpointing_saves_memory_and_a_reference_costs_some(sizes: ModelSizes, lora: LoraConfig) -> None:
-    without, with_it = (predicted(sizes, lora, torch.bfloat16, checkpointing=c) for c in (False, True))
+    without, with_it = (
+        predicted(sizes, lora, "sdpa", torch.bfloat16, checkpointing=c) for c in (False, True)
+    )
     assert with_it.peak < without.peak
     assert with_it.resident == without.resident
     referring = trainer_memory(

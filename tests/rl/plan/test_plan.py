@@ -84,7 +84,7 @@ def test_tokens_operations_and_time_follow_the_recipe() -> None:
 
 def test_a_volume_that_is_cut_into_two_micro_batches_is_computed_twice() -> None:
     config = recipe("grpo.max_tokens_per_microbatch=16000")
-    shape = TreeShape(7_900, 130, 384, 8)
+    shape = TreeShape(7_900, 130, 384, 8, "sdpa")
     assert microbatches(config, shape, 1) == [[2], [2]]
     assert microbatches(recipe(), shape, 2) == [[4], [4]]
 
@@ -116,7 +116,7 @@ def test_the_phases_of_a_step_share_a_gpu_as_the_placement_says() -> None:
     ("overrides", "memory_gb", "words"),
     [
         ((), 141, "rollouts: "),
-        (("model.gradient_checkpointing=false",), 70, "set model.gradient_checkpointing=true"),
+        (("model.gradient_checkpointing=false",), 60, "set model.gradient_checkpointing=true"),
         (("engine.sleep=false", "engine.gpu_memory_utilization=0.9"), 141, "set engine.sleep=true"),
         ((), 13, "GB of 12.3 GB; lower grpo.max_tokens_per_microbatch (24576)"),
         (("grpo.max_tokens_per_microbatch=1",), 10, "lower grpo.num_generations"),
@@ -246,6 +246,6 @@ def test_without_a_gpu_the_plan_of_one_asks_for_its_numbers(
 def test_the_time_of_training_is_that_of_the_busiest_rank() -> None:
     config = recipe("grpo.volumes_per_step=3", "ray.num_workers=2", "ray.num_engines=2")
     gpu = described(config, 1, 1, 1)
-    shape = TreeShape(100, 10, 20, 8)
+    shape = TreeShape(100, 10, 20, 8, "sdpa")
     whole = training(config, model_sizes(config.model.path), shape, gpu)
     assert whole.ideal_s * gpu.flops == pytest.approx(whole.whole.executed * 2 / 3, rel=0.05)
