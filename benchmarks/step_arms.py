@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -129,6 +130,7 @@ def padded(model: PeftModel, work: Work, batch: int) -> Forward:
 
 def trl(model: PeftModel, work: Work, batch: int) -> Forward:
     """The stock trainer's `training_step` on rows of pictures and text, `batch` rows at a time."""
+    warnings.filterwarnings("ignore", "TRL currently supports vLLM")  # which has no part in a training step
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 

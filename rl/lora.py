@@ -35,7 +35,7 @@ def lora_product(
         x: [..., in].
         seen: what the adapter sees of it: x itself, or x after dropout.
     """
-    inner_n_R = F.linear(seen.flatten(0, -2), a).mul_(scaling)
+    inner_n_R = F.linear(seen.flatten(0, -2), a * scaling)
     output = F.linear(x, weight, bias)
     add_product(output.view(-1, len(weight)), inner_n_R, b.t())
     return output, inner_n_R
@@ -50,7 +50,7 @@ def adapter_gradients(
     gradient_n: torch.Tensor, seen_n: torch.Tensor, inner_n_R: torch.Tensor, b: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `seen A'` [n, r], of a and of b, from the output's [n, out]."""
-    of_inner_n_R = (gradient_n @ b).mul_(scaling)
+    of_inner_n_R = gradient_n @ (b * scaling)
     return of_inner_n_R, of_inner_n_R.t() @ seen_n, gradient_n.t() @ inner_n_R
 
 

@@ -388,7 +388,8 @@ class PackedPolicy(nn.Module):
         """Log-probabilities of the targets, and entropies without gradient. Logits are float32 at least."""
         logits = self.causal_lm.lm_head(hidden_n_H)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        logps = F.log_softmax(logits.div_(temperature), dim=-1)
+        logits = logits if temperature == 1 else logits.div_(temperature)
+        logps = F.log_softmax(logits, dim=-1)
         del logits  # the largest tensors there are: no more than needed of them at once
         with torch.no_grad():
             entropies = -logps.exp().mul_(logps).sum(-1)
