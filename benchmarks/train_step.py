@@ -11,12 +11,12 @@ random weights, for completions of 96 tokens. Four arms, each in a process of it
     packed-1   the prefix tree, one question about the volume
     packed-4   the prefix tree, four questions about the volume
 
-The tree attends as it does in training on a CPU (`rl/subtree.py`).
-The first two run at the fastest of the batch sizes 1, 2, 4 and 8 per forward, without gradient checkpointing and
-without a pass for old log-probabilities. Before anything is timed, loss and adapter gradients of one question are
-compared across the arms that have one. Seconds are those of a question, memory is what a step takes on top of the
-resting model; a ratio is formed within each repetition. Last, a step of the packed arms is profiled: matrix products,
-attention, copies and the rest, as shares of the time of all operations.
+The tree attends as it does in training on a CPU (`rl/subtree.py`). The first two run at the fastest of the batch sizes
+1, 2, 4 and 8 per forward, without gradient checkpointing and without a pass for old log-probabilities. Before anything
+is timed, loss and adapter gradients of one question are compared across the arms that have one. Seconds are those of a
+question; a ratio is formed within each repetition. Memory is what a step takes on top of the resting model, of the
+first two at the batch size that takes least: which one is fastest is often decided by noise. Last, a step of the packed
+arms is profiled: matrix products, attention, copies and the rest, as shares of the time of all operations.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,26 +51,32 @@ TARGETS = (
 """What the 2,000 visual tokens at G = 8 are held against on two cores, and at least how much it should be."""
 
 
-def fastest(arm: str, work: Work, threads: int) -> tuple[int, Arm]:
-    """The arm at its best batch size, by one timed step each after one to warm up."""
-    seconds = {}
+def fastest(arm: str, work: Work, threads: int) -> tuple[int, Arm, float]:
+    """The arm at its best batch size, and the least MiB that any took.
+
+    By the time of a row in a forward and backward of so many, after one to warm up; in two of one row, as TRL refuses
+    groups of one.
+    """
+    seconds, mib = {}, []
     for batch in (b for b in BATCHES if work.generations % b == 0):
-        candidate = None
+        candidate, rows = None, max(2, batch)
         try:
-            candidate = Arm(make_step, arm, threads, work, batch)
+            candidate = Arm(make_step, arm, threads, replace(work, generations=rows), batch)
             candidate.ask("step")
-            seconds[batch] = candidate.ask("step").seconds
+            timed = candidate.ask("step")
+            seconds[batch] = timed.seconds / rows
+            mib.append(timed.bytes / 2**20)
         except EOFError:
             print(f"  {arm} at {batch} rows a forward: killed, most likely for its memory", flush=True)
             break
         finally:
             if candidate:
                 candidate.stop()
-        print(f"  {arm} at {batch} rows a forward: {seconds[batch]:.2f} s", flush=True)
+        print(f"  {arm} at {batch} rows a forward: {seconds[batch]:.2f} s a row, {mib[-1]:,.0f} MiB", flush=True)
     if not seconds:
         raise SystemExit(f"{arm} does not fit into memory with a single row")
     best = min(seconds, key=seconds.__getitem__)
-    return best, Arm(make_step, arm, threads, work, best)
+    return best, Arm(make_step, arm, threads, work, best), min(mib)
 
 
 def require_the_same_work(arms: Mapping[str, Arm]) -> float:
@@ -104,9 +111,9 @@ def measure(visual_tokens: int, generations: int, repetitions: int, threads: int
     """All arms of one cell of the table."""
     work = {questions: Work(visual_tokens, generations, questions) for questions in (1, 4)}
     print(f"{visual_tokens} visual tokens, G = {generations}", flush=True)
-    batch, arms = {}, {}
+    batch, arms, mib = {}, {}, {}
     for name in ("trl", "padded"):
-        batch[name], arms[name] = fastest(name, work[1], threads)
+        batch[name], arms[name], mib[name] = fastest(name, work[1], threads)
     arms["packed-1"] = Arm(make_step, "subtree", threads, work[1])
     difference = require_the_same_work(arms)
     arms["packed-4"] = Arm(make_step, "subtree", threads, work[4])
@@ -119,7 +126,7 @@ def measure(visual_tokens: int, generations: int, repetitions: int, threads: int
         for name, arm in arms.items():
             seconds[name].append(arm.ask("step").seconds / questions[name])
         peaks.append(matmul_peak(threads))
-    mib = {name: arm.ask("step").bytes / 2**20 for name, arm in arms.items()}
+    mib.update((name, arms[name].ask("step").bytes / 2**20) for name in PACKED)
     shares = {name: arms[name].ask("profile").result for name in PACKED}
     for arm in arms.values():
         arm.stop()
