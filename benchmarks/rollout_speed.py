@@ -193,7 +193,8 @@ def section(cells: Sequence[dict[str, Any]]) -> str:
                 f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {decoding:.0%} |"
             )
     rates = ", ".join(
-        f"{np.mean(cell['hit_rate']['features']):.1%} with {cell['questions']} question{'s' * (cell['questions'] > 1)} a volume"
+        f"{np.mean(cell['hit_rate']['features']):.1%} with {cell['questions']} "
+        f"question{'s' * (cell['questions'] > 1)} a volume"
         for cell in cells
         if cell["caches"] == "on"
     )

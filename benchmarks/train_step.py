@@ -72,7 +72,9 @@ def fastest(arm: str, work: Work, threads: int) -> tuple[int, Arm, float]:
         finally:
             if candidate:
                 candidate.stop()
-        print(f"  {arm} at {batch} rows a forward: {seconds[batch]:.2f} s a row, {mib[-1]:,.0f} MiB", flush=True)
+        print(
+            f"  {arm} at {batch} rows a forward: {seconds[batch]:.2f} s a row, {mib[-1]:,.0f} MiB", flush=True
+        )
     if not seconds:
         raise SystemExit(f"{arm} does not fit into memory with a single row")
     best = min(seconds, key=seconds.__getitem__)

@@ -98,9 +98,9 @@ class Forest:
     @property
     def masked_pairs(self) -> float:
         """Pairs that are computed to be masked."""
-        return (
-            0.0 if self.attention == "subtree" else sum(s.computed_pairs for s in self.siblings) - self.pairs
-        )
+        if self.attention == "subtree":
+            return 0.0
+        return sum(s.computed_pairs for s in self.siblings) - self.pairs
 
     @property
     def unread_pairs(self) -> float:

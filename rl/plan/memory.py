@@ -114,10 +114,9 @@ def _kept_of_attention(language: Language, lora: LoraConfig, forest: Forest, num
     queries = language.hidden * number_bytes
     result = queries + 4 * language.heads
     if forest.attention == "subtree":
-        shared = (
-            queries if "o_proj" in language.adapted(lora) else 0
-        )  # counted as the input of o_proj's adapter
-        return forest.tokens * (queries + keys + result - shared)
+        if "o_proj" in language.adapted(lora):
+            result -= queries  # counted as the input of its adapter
+        return forest.tokens * (queries + keys + result)
     path_and_own = sum(s.path + s.tokens for s in forest.siblings)
     return forest.tokens * (queries + result) + path_and_own * keys
 
