@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -32,6 +33,28 @@ def require_plain_layers(config: Any, text_config: Any) -> None:
         )
 
 
+def refuse_attention_dropout(attention: str, dropout: float) -> None:
+    """For a `model.attention` whose kernel cannot drop.
+
+    Raises:
+        ValueError: the model has attention dropout.
+    """
+    if dropout:
+        raise ValueError(
+            f"the model drops {dropout:g} of its attention, which model.attention {attention!r} cannot: use 'sdpa'"
+        )
+
+
+def change_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let a module compute with another forward; the one it had is `theirs`. Once for a module.
+
+    By its class: a forward in the module itself would hold it in a circle, and its weights in memory after their use.
+    """
+    kind = type(module)
+    if kind.forward is not forward:
+        module.__class__ = type(kind.__name__, (kind,), {"forward": forward, "theirs": kind.forward})
+
+
 def unread_in_layer(attention: Any, unread: int) -> int:
     """How many of a row's unread tokens need no result of this attention: all in the last layer, none in others."""
     return unread if attention.layer_idx == attention.config.num_hidden_layers - 1 else 0
@@ -53,4 +76,6 @@ def leave_unread_out(layer: Any) -> None:
     layer.register_forward_pre_hook(note, with_kwargs=True)
     for part in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp):
         part.register_forward_pre_hook(lambda _, args: (args[0][:, layer.unread :],))
-        part.register_forward_hook(lambda _, args, out: F.pad(out, (0, 0, layer.unread, 0)))
+        part.register_forward_hook(
+            lambda _, args, out: F.pad(out, (0, 0, layer.unread, 0)) if layer.unread else out
+        )

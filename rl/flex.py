@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from rl.decoder import refuse_attention_dropout
+
 
 def walk(parents: Sequence[int]) -> tuple[list[int], list[int]]:
     """When a depth-first walk enters each node, and when it has left its subtree, in nodes entered.
@@ -78,10 +80,7 @@ def flex_tree_attention(
     Raises:
         ValueError: the model has attention dropout.
     """
-    if dropout:
-        raise ValueError(
-            f"the model drops {dropout:g} of its attention, which model.attention 'flex' cannot: use 'sdpa'"
-        )
+    refuse_attention_dropout("flex", dropout)
     attend = _on(query.device, flex_attention)
     attended = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True)
     return attended.transpose(1, 2), None

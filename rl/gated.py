@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 
+from rl.decoder import change_forward
 from rl.lora import LoraLinear, adapter_gradients, add_product, lora_product
 
 _PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
@@ -68,14 +69,10 @@ class GatedDown(torch.autograd.Function):
 
 
 def save_gate_memory(mlp: Any) -> None:
-    """Let a SiLU-gated MLP, as Qwen's and Llama's are, compute with these; any other is left as it is.
-
-    By its class: a forward in the module itself would hold it in a circle, and its weights in memory after their use.
-    """
-    kind = type(mlp)
+    """Let a SiLU-gated MLP, as Qwen's and Llama's are, compute with these; any other is left as it is."""
     gated = all(hasattr(mlp, part) for part in _PARTS) and isinstance(mlp.act_fn, nn.SiLU | SiLUActivation)
-    if gated and kind.forward is not _gated_forward:
-        mlp.__class__ = type(kind.__name__, (kind,), {"forward": _gated_forward})
+    if gated:
+        change_forward(mlp, _gated_forward)
 
 
 def _gated_forward(self: Any, x: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from rl.decoder import change_forward
+
 
 class RMSNormed(torch.autograd.Function):
     """`weight * x / rms(x)` of x [..., H], computed in float32 at least."""
@@ -44,10 +46,8 @@ class RMSNormed(torch.autograd.Function):
 def save_norm_memory(model: nn.Module) -> None:
     """Let the RMSNorms of transformers' models compute with it, where their weights do not learn."""
     for module in model.modules():
-        kind = type(module)
-        is_theirs = kind.__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
-        if is_theirs and kind.forward is not _normed:
-            module.__class__ = type(kind.__name__, (kind,), {"forward": _normed, "theirs": kind.forward})
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            change_forward(module, _normed)
 
 
 def _normed(self: Any, x: torch.Tensor) -> torch.Tensor:

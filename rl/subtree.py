@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from rl.decoder import unread_in_layer
+from rl.decoder import refuse_attention_dropout, unread_in_layer
 
 if TYPE_CHECKING:
     from rl.packed import Layout
@@ -83,13 +83,11 @@ class SubtreeAttention(torch.autograd.Function):
         group, exact = query.shape[1], torch.promote_types(query.dtype, torch.float32)
         out, lse = _by_token(query, unread, exact), query.new_empty(query.shape[:3], dtype=exact)
         for own, below in reversed(spans):  # the tokens below come later in the row: they have their own part
+            k, v = _shared(group, key, value, own)
             if own.stop > unread:
-                out[:, :, own], lse[:, :, own] = _attend(
-                    query[:, :, own], *_shared(group, key, value, own), is_causal=True, scale=scale
-                )
+                out[:, :, own], lse[:, :, own] = _attend(query[:, :, own], k, v, is_causal=True, scale=scale)
             if below.stop > below.start:
-                part = _attend(query[:, :, below], *_shared(group, key, value, own), scale=scale)
-                _merge(out[:, :, below], lse[:, :, below], *part)
+                _merge(out[:, :, below], lse[:, :, below], *_attend(query[:, :, below], k, v, scale=scale))
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.spans, ctx.unread, ctx.scale = spans, unread, scale
@@ -148,10 +146,7 @@ def subtree_attention(
     Raises:
         ValueError: the model has attention dropout.
     """
-    if dropout:
-        raise ValueError(
-            f"the model drops {dropout:g} of its attention, which model.attention 'subtree' cannot: use 'sdpa'"
-        )
+    refuse_attention_dropout("subtree", dropout)
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast a norm of theirs gives float32
     heads, kv_heads = query.shape[1], key.shape[1]
     query = query.view(kv_heads, heads // kv_heads, *query.shape[2:])

@@ -96,11 +96,9 @@ class Forest:
         return sum(s.pairs for s in self.siblings)
 
     @property
-    def masked_pairs(self) -> float:
-        """Pairs that are computed to be masked."""
-        if self.attention == "subtree":
-            return 0.0
-        return sum(s.computed_pairs for s in self.siblings) - self.pairs
+    def masked_runs(self) -> list[Siblings]:
+        """Those that attend with a mask."""
+        return [] if self.attention == "subtree" else [s for s in self.siblings if s.path]
 
     @property
     def unread_pairs(self) -> float:
@@ -155,7 +153,7 @@ def forward(language: Language, lora: LoraConfig, forest: Forest) -> Operations:
     return Operations(
         linear=2 * (forest.tokens * weights - forest.unread * unread),
         attention=a_pair * (language.layers * forest.pairs - forest.unread_pairs),
-        masked=a_pair * language.layers * forest.masked_pairs,
+        masked=a_pair * language.layers * sum(s.computed_pairs - s.pairs for s in forest.masked_runs),
         lm_head=2 * forest.scored * language.vocabulary * language.hidden,
     )
 

@@ -71,8 +71,7 @@ def trainer_memory(
     # the last layer's inputs are gone when what the one before keeps is made again
     recomputed = max(last, layer - inputs)
     gradients = gradients_of_layer(language, lora, forest, number_bytes)
-    masked = () if forest.attention == "subtree" else forest.siblings
-    masks = sum(s.computed_pairs for s in masked if s.path)
+    masks = sum(s.computed_pairs for s in forest.masked_runs)
     shared = number_bytes * (masks + 2 * forest.tokens * language.head_size)
     adapter = language.layers * language.lora_weights(lora)
     return TrainerMemory(

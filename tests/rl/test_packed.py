@@ -255,6 +255,21 @@ def test_text_trees_of_any_depth_pack_the_same_way_in_a_second_architecture(
         )  # some are 0 but for rounding
 
 
+@pytest.mark.parametrize("name", ["flex", "subtree"])
+def test_a_model_with_attention_dropout_is_refused(qwen3: Qwen3ForCausalLM, name: str) -> None:
+    policy = PackedPolicy(qwen3, name).train()
+    attentions = [layer.self_attn for layer in policy.language_model.layers]
+    for attention in attentions:
+        attention.attention_dropout = 0.1
+    refusal = rf"model\.attention '{name}' cannot: use 'sdpa'"
+    try:
+        with torch.no_grad(), pytest.raises(ValueError, match=refusal):
+            policy(pack([grown((3, [2]))], visual_token_id=-1))
+    finally:
+        for attention in attentions:
+            attention.attention_dropout = 0.0
+
+
 def test_features_that_do_not_match_the_visual_tokens_are_refused(policy: PackedPolicy) -> None:
     root = volume_node(policy, seed=0)
     assert root.features_V_H is not None

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Qwen3ForCausalLM
 
-from rl.packed import Node, PackedPolicy, pack
 from rl.subtree import SubtreeAttention, subtree_spans
 
 LENGTHS, PARENTS = [5, 3, 2, 4, 3, 1, 2], [-1, -1, 0, 0, 2, 2, 1]
@@ -85,15 +83,3 @@ def test_roots_that_are_not_read_give_0_and_their_keys_and_values_still_learn() 
     assert not of_query[:, :, :unread].any()
     assert of_key[:, :unread].any()
     assert of_value[:, :unread].any()
-
-
-def test_attention_dropout_is_refused(qwen3: Qwen3ForCausalLM) -> None:
-    policy = PackedPolicy(qwen3, "subtree").train()
-    for layer in policy.language_model.layers:
-        layer.self_attn.attention_dropout = 0.1
-    try:
-        with pytest.raises(ValueError, match=r"model\.attention 'subtree' cannot: use 'sdpa'"):
-            policy(pack([Node([1, 2], children=[Node([3], scored=True)])], visual_token_id=-1))
-    finally:
-        for layer in policy.language_model.layers:
-            layer.self_attn.attention_dropout = 0.0
