@@ -36,6 +36,10 @@ def main(folder: Path) -> None:
     if accelerator.is_main_process:  # the wrapper averages over ranks
         gradients = {n: p.grad * ranks for n, p in policy.named_parameters() if p.grad is not None}
         save_file(gradients, folder / f"gradients-{ranks}.safetensors")
+    # The wrapper must not outlive the process group, which its destructor would then end without releasing the GIL
+    # that the thread of gloo may wait for.
+    del wrapped, logps_N_T
+    accelerator.free_memory()
     accelerator.end_training()
 
 
