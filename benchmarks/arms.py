@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import time
 from collections.abc import Callable
@@ -28,12 +29,16 @@ class Timed(NamedTuple):
 
 
 class Arm:
-    """A process that builds `make(*args)`, a function, and calls it with every request."""
+    """A process that builds `make(*args)`, a function, and calls it with every request.
 
-    def __init__(self, make: Callable[..., Answer], *args: Any) -> None:
+    It keeps the memory of a request for the next one, as our trainer does; where the arms would not fit into the
+    machine together, `gives_back` lets it return what it does not hold, each time.
+    """
+
+    def __init__(self, make: Callable[..., Answer], *args: Any, gives_back: bool = False) -> None:
         context = get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make, args))
+        self._process = context.Process(target=_serve, args=(theirs, make, args, gives_back))
         self._process.start()
         theirs.close()  # or the death of the process would not be noticed
         self._connection.recv()
@@ -54,8 +59,10 @@ class Arm:
         self._process.join()
 
 
-def _serve(connection: Connection, make: Callable[..., Answer], args: tuple[Any, ...]) -> None:
-    keep_freed_memory()  # as our trainer does; without it, arms with larger tensors would look worse than they are
+def _serve(
+    connection: Connection, make: Callable[..., Answer], args: tuple[Any, ...], gives_back: bool
+) -> None:
+    keep_freed_memory()  # without it, arms with larger tensors would look worse than they are
     answer = make(*args)
     gc.collect()
     resting = psutil.Process().memory_info().rss
@@ -66,4 +73,6 @@ def _serve(connection: Connection, make: Callable[..., Answer], args: tuple[Any,
         result = answer(*request)
         seconds = time.perf_counter() - started
         peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
+        if gives_back:
+            ctypes.CDLL(None).malloc_trim(0)
         connection.send((result, seconds, 1024 * int(peak) - resting))

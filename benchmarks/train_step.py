@@ -15,8 +15,10 @@ The tree attends as it does in training on a CPU (`rl/subtree.py`). The first tw
 1, 2, 4 and 8 per forward, without gradient checkpointing and without a pass for old log-probabilities. Before anything
 is timed, loss and adapter gradients of one question are compared across the arms that have one. Seconds are those of a
 question; a ratio is formed within each repetition. Memory is what a step takes on top of the resting model, of the
-first two at the batch size that takes least: which one is fastest is often decided by noise. Last, a step of the packed
-arms is profiled: matrix products, attention, copies and the rest, as shares of the time of all operations.
+first two at the batch size that takes least: which one is fastest is often decided by noise. At 8,192 visual tokens the
+arms would not fit into 24 GiB together with what they have freed, so that there each gives it back after a step. Last,
+a step of the packed arms is profiled: matrix products, attention, copies and the rest, as shares of the time of all
+operations.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,34 +53,40 @@ TARGETS = (
 """What the 2,000 visual tokens at G = 8 are held against on two cores, and at least how much it should be."""
 
 
-def fastest(arm: str, work: Work, threads: int) -> tuple[int, Arm, float]:
-    """The arm at its best batch size, and the least MiB that any took.
+class Tried(NamedTuple):
+    """A batch size of an arm."""
 
-    By the time of a row in a forward and backward of so many, after one to warm up; in two of one row, as TRL refuses
-    groups of one.
+    seconds: float
+    """Of a row, in one forward and backward."""
+    mib: float
+
+
+def try_batches(arm: str, work: Work, threads: int) -> dict[int, Tried]:
+    """Each batch size that the machine has memory for.
+
+    In one forward and backward of so many rows, after one to warm up; in two of one row, as TRL refuses groups of one.
     """
-    seconds, mib = {}, []
-    for batch in (b for b in BATCHES if work.generations % b == 0):
+    tried: dict[int, Tried] = {}
+    for batch in (b for b in BATCHES if b <= work.generations):
         candidate, rows = None, max(2, batch)
         try:
             candidate = Arm(make_step, arm, threads, replace(work, generations=rows), batch)
             candidate.ask("step")
             timed = candidate.ask("step")
-            seconds[batch] = timed.seconds / rows
-            mib.append(timed.bytes / 2**20)
         except EOFError:
             print(f"  {arm} at {batch} rows a forward: killed, most likely for its memory", flush=True)
             break
         finally:
             if candidate:
                 candidate.stop()
+        tried[batch] = Tried(timed.seconds / rows, timed.bytes / 2**20)
         print(
-            f"  {arm} at {batch} rows a forward: {seconds[batch]:.2f} s a row, {mib[-1]:,.0f} MiB", flush=True
+            "  {} at {} rows a forward: {:.2f} s a row, {:,.0f} MiB".format(arm, batch, *tried[batch]),
+            flush=True,
         )
-    if not seconds:
+    if not tried:
         raise SystemExit(f"{arm} does not fit into memory with a single row")
-    best = min(seconds, key=seconds.__getitem__)
-    return best, Arm(make_step, arm, threads, work, best), min(mib)
+    return tried
 
 
 def require_the_same_work(arms: Mapping[str, Arm]) -> float:
@@ -109,19 +117,24 @@ def matmul_peak(threads: int) -> float:
     return 2 * 2048**3 / min(times)
 
 
-def measure(visual_tokens: int, generations: int, repetitions: int, threads: int) -> dict[str, Any]:
-    """All arms of one cell of the table."""
-    work = {questions: Work(visual_tokens, generations, questions) for questions in (1, 4)}
-    print(f"{visual_tokens} visual tokens, G = {generations}", flush=True)
+def measure(
+    work: Work, tried: Mapping[str, Mapping[int, Tried]], repetitions: int, threads: int
+) -> dict[str, Any]:
+    """All arms of one cell of the table: `work` of one question, and four of it."""
+    works = {questions: replace(work, questions=questions) for questions in (1, 4)}
+    print(f"{work.visual_tokens} visual tokens, G = {work.generations}", flush=True)
+    gives_back = work.visual_tokens > 2000
     batch, arms, mib = {}, {}, {}
-    for name in ("trl", "padded"):
-        batch[name], arms[name], mib[name] = fastest(name, work[1], threads)
-    arms["packed-1"] = Arm(make_step, "subtree", threads, work[1])
+    for name, sizes in tried.items():
+        fitting = {size: found for size, found in sizes.items() if work.generations % size == 0}
+        batch[name] = min(fitting, key=lambda size: fitting[size].seconds)
+        mib[name] = min(found.mib for found in fitting.values())
+        arms[name] = Arm(make_step, name, threads, work, batch[name], gives_back=gives_back)
+    arms["packed-1"] = Arm(make_step, "subtree", threads, works[1], gives_back=gives_back)
     difference = require_the_same_work(arms)
-    arms["packed-4"] = Arm(make_step, "subtree", threads, work[4])
+    arms["packed-4"] = Arm(make_step, "subtree", threads, works[4], gives_back=gives_back)
+    arms["packed-4"].ask("step")  # to warm up, as the others have by now
     questions = {name: 4 if name == "packed-4" else 1 for name in arms}
-    for arm in arms.values():
-        arm.ask("step")
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     peaks = []
     for _ in range(repetitions):
@@ -132,10 +145,10 @@ def measure(visual_tokens: int, generations: int, repetitions: int, threads: int
     shares = {name: arms[name].ask("profile").result for name in PACKED}
     for arm in arms.values():
         arm.stop()
-    flops = {name: tree_flops(build_model(), work[questions[name]]) / questions[name] for name in PACKED}
+    flops = {name: tree_flops(build_model(), works[questions[name]]) / questions[name] for name in PACKED}
     return {
-        "visual_tokens": visual_tokens,
-        "generations": generations,
+        "visual_tokens": work.visual_tokens,
+        "generations": work.generations,
         "threads": threads,
         "batch": batch,
         "gradient_difference": difference,
@@ -212,8 +225,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="page to bring up to date, without its ending")
     options = parser.parse_args()
     for visual_tokens in options.visual_tokens:
+        widest = Work(visual_tokens, max(options.generations), 1)
+        tried = {arm: try_batches(arm, widest, options.threads) for arm in ("trl", "padded")}
         for generations in options.generations:
-            cell = measure(visual_tokens, generations, options.repetitions, options.threads)
+            work = replace(widest, generations=generations)
+            cell = measure(work, tried, options.repetitions, options.threads)
             print(section([cell]), flush=True)
             if options.out:
                 update_page(options.out, "train_step", f"{visual_tokens}-{generations}", cell, section)
