@@ -1,7 +1,7 @@
 """Rollouts: cached features, one request of G samples, volume by volume, beside pictures, G requests, unsorted.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/rollout_speed.py [--visual-tokens 2000] [--generations 8] [--volumes 2]
-        [--questions 1 4] [--repetitions 5] [--out docs/performance]
+        [--questions 1 4] [--caches on off] [--repetitions 5] [--out docs/performance]
 
 The same model (35 million parameters, random weights, LoRA r = 16) in the same vLLM answers the same number of
 questions about the same number of visual tokens with completions of at most 96 tokens:
@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--volumes", type=int, default=2)
     parser.add_argument("--questions", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--caches", nargs="+", default=["on", "off"], choices=["on", "off"])
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--out", type=Path, help="page to bring up to date, without its ending")
     options = parser.parse_args()
@@ -223,7 +224,7 @@ def main() -> None:
         "TOKENIZERS_PARALLELISM": "false",
     }
     base, adapter = save_model(Path(mkdtemp()))
-    for caches in ("on", "off"):
+    for caches in options.caches:
         arms = {
             name: Arm(make, base, adapter, caches == "on", options.generations) for name, make in ARMS.items()
         }
