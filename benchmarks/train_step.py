@@ -26,7 +26,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,16 +61,16 @@ class Tried(NamedTuple):
     mib: float
 
 
-def try_batches(arm: str, work: Work, threads: int) -> dict[int, Tried]:
-    """Each batch size that the machine has memory for.
+def try_batches(arm: str, visual_tokens: int, generations: Sequence[int], threads: int) -> dict[int, Tried]:
+    """Each batch size that divides one of `generations` and that the machine has memory for.
 
     In one forward and backward of so many rows, after one to warm up; in two of one row, as TRL refuses groups of one.
     """
     tried: dict[int, Tried] = {}
-    for batch in (b for b in BATCHES if b <= work.generations):
+    for batch in (b for b in BATCHES if any(g % b == 0 for g in generations)):
         candidate, rows = None, max(2, batch)
         try:
-            candidate = Arm(make_step, arm, threads, replace(work, generations=rows), batch)
+            candidate = Arm(make_step, arm, threads, Work(visual_tokens, rows, questions=1), batch)
             candidate.ask("step")
             timed = candidate.ask("step")
         except EOFError:
@@ -79,9 +79,9 @@ def try_batches(arm: str, work: Work, threads: int) -> dict[int, Tried]:
         finally:
             if candidate:
                 candidate.stop()
-        tried[batch] = Tried(timed.seconds / rows, timed.bytes / 2**20)
+        found = tried[batch] = Tried(timed.seconds / rows, timed.bytes / 2**20)
         print(
-            "  {} at {} rows a forward: {:.2f} s a row, {:,.0f} MiB".format(arm, batch, *tried[batch]),
+            f"  {arm} at {batch} rows a forward: {found.seconds:.2f} s a row, {found.mib:,.0f} MiB",
             flush=True,
         )
     if not tried:
@@ -118,37 +118,43 @@ def matmul_peak(threads: int) -> float:
 
 
 def measure(
-    work: Work, tried: Mapping[str, Mapping[int, Tried]], repetitions: int, threads: int
+    visual_tokens: int,
+    generations: int,
+    tried: Mapping[str, Mapping[int, Tried]],
+    repetitions: int,
+    threads: int,
 ) -> dict[str, Any]:
-    """All arms of one cell of the table: `work` of one question, and four of it."""
-    works = {questions: replace(work, questions=questions) for questions in (1, 4)}
-    print(f"{work.visual_tokens} visual tokens, G = {work.generations}", flush=True)
-    gives_back = work.visual_tokens > 2000
+    """All arms of one cell of the table, the first two at the best of the batch sizes that were tried."""
+    print(f"  G = {generations}", flush=True)
+    one, four = (Work(visual_tokens, generations, questions) for questions in (1, 4))
+    works = {"trl": one, "padded": one, "packed-1": one, "packed-4": four}
+    start = partial(Arm, make_step, gives_back=visual_tokens > 2000)
     batch, arms, mib = {}, {}, {}
     for name, sizes in tried.items():
-        fitting = {size: found for size, found in sizes.items() if work.generations % size == 0}
+        fitting = {size: found for size, found in sizes.items() if generations % size == 0}
         batch[name] = min(fitting, key=lambda size: fitting[size].seconds)
         mib[name] = min(found.mib for found in fitting.values())
-        arms[name] = Arm(make_step, name, threads, work, batch[name], gives_back=gives_back)
-    arms["packed-1"] = Arm(make_step, "subtree", threads, works[1], gives_back=gives_back)
+        arms[name] = start(name, threads, one, batch[name])
+    arms["packed-1"] = start("subtree", threads, one)
     difference = require_the_same_work(arms)
-    arms["packed-4"] = Arm(make_step, "subtree", threads, works[4], gives_back=gives_back)
+    arms["packed-4"] = start("subtree", threads, four)
     arms["packed-4"].ask("step")  # to warm up, as the others have by now
-    questions = {name: 4 if name == "packed-4" else 1 for name in arms}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     peaks = []
     for _ in range(repetitions):
         for name, arm in arms.items():
-            seconds[name].append(arm.ask("step").seconds / questions[name])
+            timed = arm.ask("step")
+            seconds[name].append(timed.seconds / works[name].questions)
+            if name in PACKED:
+                mib[name] = timed.bytes / 2**20
         peaks.append(matmul_peak(threads))
-    mib.update((name, arms[name].ask("step").bytes / 2**20) for name in PACKED)
     shares = {name: arms[name].ask("profile").result for name in PACKED}
     for arm in arms.values():
         arm.stop()
-    flops = {name: tree_flops(build_model(), works[questions[name]]) / questions[name] for name in PACKED}
+    flops = {name: tree_flops(build_model(), works[name]) / works[name].questions for name in PACKED}
     return {
-        "visual_tokens": work.visual_tokens,
-        "generations": work.generations,
+        "visual_tokens": visual_tokens,
+        "generations": generations,
         "threads": threads,
         "batch": batch,
         "gradient_difference": difference,
@@ -225,11 +231,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="page to bring up to date, without its ending")
     options = parser.parse_args()
     for visual_tokens in options.visual_tokens:
-        widest = Work(visual_tokens, max(options.generations), 1)
-        tried = {arm: try_batches(arm, widest, options.threads) for arm in ("trl", "padded")}
+        print(f"{visual_tokens} visual tokens", flush=True)
+        tried = {
+            arm: try_batches(arm, visual_tokens, options.generations, options.threads)
+            for arm in ("trl", "padded")
+        }
         for generations in options.generations:
-            work = replace(widest, generations=generations)
-            cell = measure(work, tried, options.repetitions, options.threads)
+            cell = measure(visual_tokens, generations, tried, options.repetitions, options.threads)
             print(section([cell]), flush=True)
             if options.out:
                 update_page(options.out, "train_step", f"{visual_tokens}-{generations}", cell, section)
