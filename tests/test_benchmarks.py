@@ -124,6 +124,20 @@ def test_rollouts_on_features_are_timed_beside_pictures_with_caches_and_without(
 
 
 @pytest.mark.slow
+def test_whole_steps_are_timed_by_the_clock_and_their_parts_add_up(tmp_path: Path) -> None:
+    page = tmp_path / "performance"
+    page.with_suffix(".md").write_text("<!-- whole_steps -->\n<!-- end of whole_steps -->\n")
+    sizes = ("--visual-tokens", "32", "--generations", "2", "--questions", "2", "--steps", "2")
+    script("whole_steps.py", *sizes, "--out", page)
+    (cell,) = json.loads(page.with_suffix(".json").read_text())["whole_steps"].values()
+    assert len(cell["seconds"]) == 2
+    for step, seconds in enumerate(cell["seconds"]):
+        assert 0 < sum(of_part[step] for of_part in cell["parts"].values()) <= seconds
+    assert min(cell["parts"]["training"]) > 0
+    assert "| 32 | 2 | 2 | " in page.with_suffix(".md").read_text()
+
+
+@pytest.mark.slow
 def test_the_check_of_the_plan_runs() -> None:
     """On one workload, of which nothing is predicted: seconds are no matter of a test."""
     printed = script("plan_check.py", "--visual", "256", "--questions", "2", "--repeats", "1")
