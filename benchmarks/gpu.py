@@ -1,6 +1,6 @@
 """The training part of a GRPO step on a GPU, at true sizes: the packed prefix tree beside the padded forward.
 
-    python benchmarks/gpu.py [--size 3B] [--visual-tokens 8192] [--generations 8] [--completion-tokens 256]
+    PYTHONPATH=. python benchmarks/gpu.py [--size 3B] [--visual-tokens 8192] [--generations 8] [--completion-tokens 256]
         [--repetitions 5] [--out docs/performance]
 
 A Qwen2.5-VL shaped like the 3B model with random weights in bfloat16, LoRA r = 16, cached features. A step is
@@ -11,7 +11,8 @@ padded and flex against packed, gradients included. On a CPU torch has no backwa
 compared forward and not timed.
 Arms take their steps in turn; seconds are those of a question, ratios are formed within a repetition, and utilisation
 is what the tree must compute (nothing masked) over time and the measured peak of a matrix product.
-Needs torch, transformers, peft and accelerate; neither trl nor vllm. `--device cpu --size 35M` tries it without a GPU.
+Needs torch, transformers, peft and accelerate; neither trl nor vllm, nor this package installed.
+`--device cpu --size 35M` tries it without a GPU.
 """
 
 from __future__ import annotations

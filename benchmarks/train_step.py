@@ -7,18 +7,18 @@ A step is forward, loss, backward and AdamW on a LoRA adapter (r = 16) of a Qwen
 random weights, for completions of 96 tokens. Four arms, each in a process of its own, take their steps in turn:
 
     trl        `trl.GRPOTrainer.training_step`: pictures in, so vision tower and prompt run once per completion
-    padded     the plain forward on cached features: no vision tower, but the prompt once per completion
+    padded     transformers' forward on cached features: no vision tower, but the prompt once per completion
     packed-1   the prefix tree, one question about the volume
     packed-4   the prefix tree, four questions about the volume
 
-The tree attends as it does in training on a CPU (`rl/subtree.py`). The first two run at the fastest of the batch sizes
-1, 2, 4 and 8 per forward, without gradient checkpointing and without a pass for old log-probabilities. Before anything
-is timed, loss and adapter gradients of one question are compared across the arms that have one. Seconds are those of a
-question; a ratio is formed within each repetition. Memory is what a step takes on top of the resting model, of the
-first two at the batch size that takes least: which one is fastest is often decided by noise. At 8,192 visual tokens the
-arms would not fit into 24 GiB together with what they have freed, so that there each gives it back after a step. Last,
-a step of the packed arms is profiled: matrix products, attention, copies and the rest, as shares of the time of all
-operations.
+The tree attends as it does in training on a CPU (`rl/subtree.py`), in layers that keep and copy less (`rl/lora.py`,
+`rl/gated.py`, `rl/norm.py`). The first two run at the fastest of the batch sizes 1, 2, 4 and 8 per forward, without
+gradient checkpointing and without a pass for old log-probabilities. Before anything is timed, loss and adapter
+gradients of one question are compared across the arms that have one. Seconds are those of a question; a ratio is formed
+within each repetition. Memory is what a step takes on top of the resting model, of the first two at the batch size that
+takes least, whichever is fastest. At 8,192 visual tokens the arms would not fit into 24 GiB together with what they have
+freed, so that there each gives it back after a step. Last, a step of the packed arms is profiled: matrix products,
+attention, copies and the rest, as shares of the time of all operations.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from arms import Arm
+from arms import Arm, Timed
 from middle_model import SLICES_AND_SIDE, build_model
 from performance_page import update_page
 from step_arms import Work, make_step, tree_flops
 
 BATCHES = (1, 2, 4, 8)
 """Rows a forward that are tried."""
+ROUNDS = 3
+"""Timed steps of each, at most."""
 PACKED = ("packed-1", "packed-4")
 TARGETS = (
     ("packed-1: TRL's time / its own", 11.0, lambda cell: median_ratio(cell["seconds"], "trl", "packed-1")),
@@ -57,31 +59,40 @@ class Tried(NamedTuple):
     """A batch size of an arm."""
 
     seconds: float
-    """Of a row, in one forward and backward."""
+    """Of a row, in one forward and backward: the median of its rounds."""
     mib: float
 
 
-def try_batches(arm: str, visual_tokens: int, generations: Sequence[int], threads: int) -> dict[int, Tried]:
+def try_batches(
+    arm: str, visual_tokens: int, generations: Sequence[int], rounds: int, threads: int
+) -> dict[int, Tried]:
     """Each batch size that divides one of `generations` and that the machine has memory for.
 
     In one forward and backward of so many rows, after one to warm up; in two of one row, as TRL refuses groups of one.
+    The sizes take turns, each time in a process of their own, so that a slow minute of the machine decides nothing.
     """
-    tried: dict[int, Tried] = {}
-    for batch in (b for b in BATCHES if any(g % b == 0 for g in generations)):
-        candidate, rows = None, max(2, batch)
-        try:
-            candidate = Arm(make_step, arm, threads, Work(visual_tokens, rows, questions=1), batch)
-            candidate.ask("step")
-            timed = candidate.ask("step")
-        except EOFError:
-            print(f"  {arm} at {batch} rows a forward: killed, most likely for its memory", flush=True)
-            break
-        finally:
-            if candidate:
-                candidate.stop()
-        found = tried[batch] = Tried(timed.seconds / rows, timed.bytes / 2**20)
+    sizes = [b for b in BATCHES if any(g % b == 0 for g in generations)]
+    found: dict[int, list[Timed]] = {}
+    for _ in range(rounds):
+        for batch in list(sizes):
+            candidate = None
+            try:
+                candidate = Arm(make_step, arm, threads, Work(visual_tokens, max(2, batch), 1), batch)
+                candidate.ask("step")
+                found.setdefault(batch, []).append(candidate.ask("step"))
+            except EOFError:
+                print(f"  {arm} at {batch} rows a forward: killed, most likely for its memory", flush=True)
+                sizes = [size for size in sizes if size < batch]
+                break
+            finally:
+                if candidate:
+                    candidate.stop()
+    tried = {}
+    for batch in sizes:
+        seconds = float(np.median([timed.seconds for timed in found[batch]])) / max(2, batch)
+        tried[batch] = Tried(seconds, max(timed.bytes for timed in found[batch]) / 2**20)
         print(
-            f"  {arm} at {batch} rows a forward: {found.seconds:.2f} s a row, {found.mib:,.0f} MiB",
+            f"  {arm} at {batch} rows a forward: {seconds:.2f} s a row, {tried[batch].mib:,.0f} MiB",
             flush=True,
         )
     if not tried:
@@ -188,7 +199,7 @@ def section(cells: Sequence[dict[str, Any]]) -> str:
     worst = max(cell["gradient_difference"] for cell in cells)
     lines += ["", f"Adapter gradients of the arms differ by {worst:.0e} of their norm at most.", ""]
     lines += [
-        "| visual tokens | G | arm | TRL / padded, the tower's part | padded / own, the tree's | "
+        "| visual tokens | G | arm | TRL / padded, the tower's part | padded / own, the tree's and its layers' | "
         "matrix products | attention | copies | rest |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -233,7 +244,13 @@ def main() -> None:
     for visual_tokens in options.visual_tokens:
         print(f"{visual_tokens} visual tokens", flush=True)
         tried = {
-            arm: try_batches(arm, visual_tokens, options.generations, options.threads)
+            arm: try_batches(
+                arm,
+                visual_tokens,
+                options.generations,
+                min(ROUNDS, options.repetitions),
+                options.threads,
+            )
             for arm in ("trl", "padded")
         }
         for generations in options.generations:

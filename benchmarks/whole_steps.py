@@ -7,7 +7,8 @@ The model of `train_step.py` and `rollout_speed.py` (35 million parameters, rand
 one phantom a step and answers with 96 tokens; rewards are read from the completions, advantages formed, the adapter
 trained, saved and handed to the engine, completions and metrics written. Seconds are those between the records of two
 steps. Questions are the benchmark's own prompts and about twice as long as those of the other two, which time the parts
-beside stock TRL and vLLM.
+beside stock TRL and vLLM. Last, `reasonknee plan` is asked about each run in the light of each other, as a user asks it
+who has run one recipe and thinks of the next.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -25,8 +27,11 @@ from performance_page import update_page
 from transformers import AutoTokenizer
 
 from rl.base.model import save_base
+from rl.config import Config
 from rl.config_check import load_valid
 from rl.model import resolve_model
+from rl.plan.estimate import make_plan
+from rl.plan.hardware import measured
 from rl.stages import STAGES, run_stage
 
 COMPLETION_TOKENS = 96
@@ -61,12 +66,11 @@ def settings(folder: Path, visual_tokens: int, generations: int, steps: int) -> 
     ]
 
 
-def measure(folder: Path, shared: Sequence[str], questions: int) -> dict[str, Any]:
+def measure(config: Config) -> dict[str, Any]:
     """Seconds of every step but the first, in which kernels are loaded, and of its parts."""
-    run_dir = folder / f"questions-{questions}"
-    asked = [*shared, f"run_dir={run_dir}", f"grpo.questions_per_volume={questions}"]
-    run_stage(load_valid(None, asked), STAGES["grpo"])
-    records = [json.loads(line) for line in (run_dir / "grpo" / "metrics.jsonl").read_text().splitlines()]
+    run_stage(config, STAGES["grpo"])
+    metrics = Path(config.run_dir) / "grpo" / "metrics.jsonl"
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     times = [record["time"] for record in records]
     return {
         "seconds": [after - before for before, after in zip(times, times[1:], strict=False)],
@@ -74,6 +78,13 @@ def measure(folder: Path, shared: Sequence[str], questions: int) -> dict[str, An
             part: [record[f"seconds/{key}"] for record in records[1:]] for part, key in PARTS.items()
         },
     }
+
+
+def planned(config: Config, known: Config) -> dict[str, float]:
+    """Seconds of a step's parts that the plan foretells, when a run of another recipe is known."""
+    asked = replace(config, run_dir=known.run_dir)
+    plan = make_plan(asked, measured(asked))
+    return {"sampling": plan.rollout_s, "training": plan.train_s}
 
 
 def section(cells: Sequence[dict[str, Any]]) -> str:
@@ -90,6 +101,13 @@ def section(cells: Sequence[dict[str, Any]]) -> str:
             f"{median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | {3600 / median(seconds):.0f} | "
             f"{' | '.join(f'{share:.1%}' for share in (*shares, 1 - sum(shares)))} |"
         )
+    lines += ["", "| planned for | from the run with | sampling, planned | found | training, planned | found |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for cell in cells:
+        for questions, plan in cell["planned"].items():
+            seconds = ((plan[part], median(cell["parts"][part])) for part in plan)
+            told = " | ".join(f"{expected:.2f} s | {found:.2f} s" for expected, found in seconds)
+            lines.append(f"| {cell['questions']} a volume | {questions} | {told} |")
     return "\n".join(lines)
 
 
@@ -111,13 +129,23 @@ def main() -> None:
         shared = settings(folder, options.visual_tokens, options.generations, options.steps + 1)
         for stage in ("phantom", "embed"):
             run_stage(load_valid(None, [*shared, f"run_dir={folder}"]), STAGES[stage])
-        for questions in options.questions:
-            sizes = {"visual_tokens": options.visual_tokens, "generations": options.generations}
-            cell = {**sizes, "questions": questions, **measure(folder, shared, questions)}
-            print(section([cell]), flush=True)
-            if options.out:
-                key = f"{options.visual_tokens}-{options.generations}-{questions}"
-                update_page(options.out, "whole_steps", key, cell, section)
+        configs = {
+            questions: load_valid(
+                None,
+                [*shared, f"run_dir={folder}/{questions}", f"grpo.questions_per_volume={questions}"],
+            )
+            for questions in options.questions
+        }
+        sizes = {"visual_tokens": options.visual_tokens, "generations": options.generations}
+        cells = [{**sizes, "questions": n, **measure(config)} for n, config in configs.items()]
+        for cell in cells:
+            asked = configs[cell["questions"]]
+            others = {n: known for n, known in configs.items() if known is not asked}
+            cell["planned"] = {n: planned(asked, known) for n, known in others.items()}
+    print(section(cells))
+    for cell in cells if options.out else ():
+        key = f"{options.visual_tokens}-{options.generations}-{cell['questions']}"
+        update_page(options.out, "whole_steps", key, cell, section)
 
 
 if __name__ == "__main__":

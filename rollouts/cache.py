@@ -7,8 +7,10 @@ another key. A file is written under a temporary name and renamed, so several pr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -29,6 +31,8 @@ from rollouts.volumes import Volume, VolumeView
 
 FORMAT = "reasonknee-embedding-1"
 _VIEW_FIELDS = ("crop", "slice_stride", "height", "width", "window_low", "window_high", "seconds_per_mm")
+_ABANDONED_SECONDS = 3600.0
+"""Age of a temporary file whose process must have died: writing one takes seconds."""
 _log = logging.getLogger(__name__)
 
 
@@ -165,6 +169,13 @@ class EmbeddingCache:
             ) from error
         finally:
             temporary.unlink(missing_ok=True)
+
+    def remove_abandoned(self) -> None:
+        """Delete what processes that were killed while they wrote have left; the others' files are younger."""
+        for temporary in self.folder.glob("*/.*.tmp"):
+            with contextlib.suppress(FileNotFoundError):  # it has become an entry, or another process was first
+                if time.time() - temporary.stat().st_mtime > _ABANDONED_SECONDS:
+                    temporary.unlink()
 
 
 class FeatureStore(Mapping[str, VolumeFeatures]):

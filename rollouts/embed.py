@@ -86,6 +86,7 @@ def embed_examples(
     }
     remaining = [volume for name, volume in wanted.items() if name not in keys]
     random.shuffle(remaining)
+    cache.remove_abandoned()
     volumes_at_once = _announce(wanted, remaining, tower, cache, view, storage, log)
 
     job = _Job(tower, cache, view, axes, storage, recipe, log)

@@ -139,8 +139,8 @@ class VllmEngine:
     def load_adapter(self, folder: Path | None) -> int:
         """Serve this PEFT adapter from now on (None: the bare base model). Returns its version, never reused.
 
-        The files are copied, so that the folder may change afterwards: vLLM reads an adapter when it is first used,
-        and keeps serving old weights or old KV under a name, number or path it has seen before.
+        The files are copied, so that the folder may change afterwards: an engine that is asleep or must be started
+        anew reads them later. vLLM keeps serving old weights or old KV under a name, number or path it has seen before.
 
         Raises:
             AdapterError: the adapter does not fit the base; the previous one stays in service.

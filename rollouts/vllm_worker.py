@@ -56,17 +56,19 @@ class Worker:
         self.adapter: Any = None
 
     def load_adapter(self, request: Header) -> None:
-        """The next `generate` reads it: a new name, number and path each time, or vLLM serves stale weights or KV."""
+        """Read it now: a new name, number and path each time, or vLLM serves stale weights or KV."""
         from vllm.lora.request import LoRARequest
 
         version, folder = request["version"], request["folder"]
         self.adapter = LoRARequest(f"adapter-{version}", version, folder) if folder else None
+        if self.adapter and not self._sleeping():  # asleep there is no memory to put it into: `generate` will
+            self.llm.llm_engine.add_lora(self.adapter)
 
     def generate(self, request: Header, buffers: list[bytes]) -> tuple[Header, list[Buffer]]:
         """`n` completions per prompt; token ids and log-probabilities come back as two flat arrays."""
         from vllm import SamplingParams
 
-        if self.sleeps and self.llm.llm_engine.is_sleeping():
+        if self._sleeping():
             self.llm.wake_up()
         volumes = [_volume(v, b) for v, b in zip(request["volumes"], buffers, strict=True)]
         prompts = [
@@ -99,6 +101,9 @@ class Worker:
         looked_up = asked - asked_before  # nothing, when the cache is off
         rate = (hit - hit_before) / looked_up if looked_up else None
         return {**reply, "prefix_hit_rate": rate}, buffers_out
+
+    def _sleeping(self) -> bool:
+        return bool(self.sleeps and self.llm.llm_engine.is_sleeping())
 
     def _prefix_cache(self) -> tuple[int, int]:
         """Prompt tokens that were looked up in the prefix cache since the start, and those that it had."""

@@ -273,6 +273,29 @@ def test_groups_without_signal_are_left_out_without_changing_the_gradient(
     assert 0 < with_signal < 4
 
 
+@pytest.mark.parametrize(
+    ("overrides", "passes"),
+    [
+        ((), 1),
+        (("grpo.beta=0.1",), 2),
+        (("grpo.num_iterations=3",), 3),
+        (("grpo.beta=0.1", "grpo.num_iterations=3"), 4),
+    ],
+)
+def test_a_batch_is_packed_once_and_its_old_and_reference_log_probabilities_cost_one_pass_at_most(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], passes: int
+) -> None:
+    """On-policy the old ones are the new ones; the reference looks at the same packed batch, and once."""
+    trainer = make_trainer(*overrides)
+    scored = scored_groups(trainer)
+    packed, seen, pack = [], [], trainer._pack
+    monkeypatch.setattr(trainer, "_pack", lambda part: packed.append(pack(part)) or packed[-1])
+    trainer.policy.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    trainer._update(scored)
+    (micro,) = packed
+    assert [batch is micro.batch for batch in seen] == [True] * passes
+
+
 def test_a_step_without_any_signal_moves_nothing_but_still_probes_the_engine(
     make_trainer: MakeTrainer,
 ) -> None:

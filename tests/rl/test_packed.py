@@ -31,18 +31,23 @@ GRID = (2, 4, 4)  # 2 x 2 x 2 visual tokens after merging
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def small_policy() -> PackedPolicy:
-    """A small Qwen2.5-VL with a LoRA adapter whose B is not zero, in float64."""
-    model = build_model(build_tokenizer([]), seed=0)
-    return PackedPolicy(adapted(model, Qwen2_5_VLRMSNorm, std=0.05).double())
+def small_model() -> PeftModel:
+    """A Qwen2.5-VL with a LoRA adapter whose B is not zero, in float64; the same each time."""
+    return adapted(build_model(build_tokenizer([]), seed=0), std=0.05).double()
 
 
 @pytest.fixture(scope="module")
 def policy() -> PackedPolicy:
-    return small_policy()
+    return PackedPolicy(small_model())
 
 
-def adapted(model: PreTrainedModel, norm: type[nn.Module], std: float) -> PeftModel:
+@pytest.fixture(scope="module")
+def plain() -> PeftModel:
+    """The policy's model as transformers and PEFT compute it: what `PackedPolicy` changes in a model it has not."""
+    return with_exact_norms(small_model(), Qwen2_5_VLRMSNorm)
+
+
+def adapted(model: PreTrainedModel, std: float) -> PeftModel:
     """The model with an adapter on its language layers, whose B is drawn with that standard deviation."""
     lora = get_peft_model(
         model, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, exclude_modules=".*visual.*")
@@ -51,15 +56,29 @@ def adapted(model: PreTrainedModel, norm: type[nn.Module], std: float) -> PeftMo
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=std)
-    for module in lora.modules():
-        if isinstance(module, norm):
-            module.forward = functools.partial(norm_in_its_own_precision, module)
     return lora
 
 
-def norm_in_its_own_precision(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def with_exact_norms(model: PeftModel, kind: type[nn.Module]) -> PeftModel:
     """transformers computes RMSNorm in float32 whatever the input, which would hide errors below 1e-7."""
+    for module in model.modules():
+        if isinstance(module, kind):
+            module.forward = functools.partial(exact_norm, module)
+    return model
+
+
+def exact_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+def adapter(model: PeftModel) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def gradients(logps: torch.Tensor, model: PeftModel) -> dict[str, torch.Tensor]:
+    """Of the sum of their squares, by the adapter's tensors."""
+    learning = adapter(model)
+    return dict(zip(learning, torch.autograd.grad(logps.pow(2).sum(), learning.values()), strict=True))
 
 
 def volume_node(policy: PackedPolicy, seed: int) -> Node:
@@ -96,25 +115,21 @@ def paths(nodes: Sequence[Node], before: tuple[Node, ...] = ()) -> Iterator[tupl
         yield from paths(node.children, (*before, node))
 
 
-def alone(policy: PackedPolicy, path: tuple[Node, ...], temperature: float = 1.0) -> torch.Tensor:
-    """Log-probabilities of one completion as a plain causal row, through transformers' own SDPA path."""
-    config = policy.causal_lm.config
+def alone(plain: PeftModel, path: tuple[Node, ...], temperature: float = 1.0) -> torch.Tensor:
+    """Log-probabilities of one completion as a plain causal row, through transformers' and PEFT's own layers."""
+    causal_lm = plain.get_base_model()
+    config, model = causal_lm.config, causal_lm.model.language_model
     ids = [t for node in path for t in node.token_ids]
     root = path[0]
     positions = mrope_positions(
         ids, GRID, 1.5, video_token_id=config.video_token_id, merge_size=2, tokens_per_second=2
     )
-    model = policy.language_model
     embeds = model.embed_tokens(torch.tensor(ids))
     visual = (torch.tensor(ids) == config.video_token_id).nonzero().flatten()
     assert root.features_V_H is not None
     embeds = embeds.index_copy(0, visual, root.features_V_H)
-    packed, model.config._attn_implementation = model.config._attn_implementation, "sdpa"
-    try:
-        hidden = model(inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False)
-    finally:
-        model.config._attn_implementation = packed
-    logps = F.log_softmax(policy.causal_lm.lm_head(hidden.last_hidden_state[0]) / temperature, dim=-1)
+    hidden = model(inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False)
+    logps = F.log_softmax(causal_lm.lm_head(hidden.last_hidden_state[0]) / temperature, dim=-1)
     n = len(path[-1].token_ids)
     return logps[len(ids) - n - 1 : -1].gather(-1, torch.tensor(ids[len(ids) - n :])[:, None]).squeeze(-1)
 
@@ -130,40 +145,43 @@ lengths = st.lists(
 @settings(max_examples=25, deadline=None)
 @given(shape=lengths, temperature=st.sampled_from([1.0, 0.7]), attention=attentions)
 def test_packed_log_probabilities_and_gradients_equal_one_row_per_completion(
-    policy: PackedPolicy, shape: list[list[list[int]]], temperature: float, attention: str
+    policy: PackedPolicy,
+    plain: PeftModel,
+    shape: list[list[list[int]]],
+    temperature: float,
+    attention: str,
 ) -> None:
     """Random trees, empty completions included, in float64 to 1e-10."""
     policy = PackedPolicy(policy.model, attention)
     roots = random_forest(policy, shape)
     batch = pack(roots, policy.causal_lm.config.video_token_id)
-    trained = [p for p in policy.parameters() if p.requires_grad]
-
     logps_N_T, _ = policy(batch, temperature)
-    got = torch.autograd.grad(logps_N_T.pow(2).sum(), trained)
-    rows = [alone(policy, path, temperature) for path in paths(roots)]
-    expected = torch.autograd.grad(torch.cat(rows).pow(2).sum(), trained)
+    got = gradients(logps_N_T, policy.model)
+    rows = [alone(plain, path, temperature) for path in paths(roots)]
+    expected = gradients(torch.cat(rows), plain)
 
     for row, logps in zip(rows, logps_N_T, strict=True):
         torch.testing.assert_close(logps[: len(row)], row, rtol=0, atol=1e-10)
         assert not logps[len(row) :].any()
-    for a, b in zip(got, expected, strict=True):
-        assert float((a - b).norm()) <= 1e-10 * max(1.0, float(b.norm()))
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert float((got[name] - gradient).norm()) <= 1e-10 * max(1.0, float(gradient.norm())), name
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "subtree"])
-def test_float32_stays_within_the_stated_tolerance(policy: PackedPolicy, attention: str) -> None:
+def test_float32_stays_within_the_stated_tolerance(plain: PeftModel, attention: str) -> None:
+    """Of rows in float64: log-probabilities to 1e-5, gradients to 1e-4 of their norm."""
+    policy = PackedPolicy(small_model().float(), attention)
     roots = random_forest(policy, [[[5, 4], [3]], [[2, 5, 1]]])
-    exact, _ = PackedPolicy(policy.model)(pack(roots, policy.causal_lm.config.video_token_id))
+    rows = [alone(plain, path) for path in paths(roots)]
     for root in roots:
         root.features_V_H = root.features_V_H.float() if root.features_V_H is not None else None
-    policy.float()
-    try:
-        rounded, _ = PackedPolicy(policy.model, attention)(
-            pack(roots, policy.causal_lm.config.video_token_id)
-        )
-    finally:
-        policy.double()
-    assert ((rounded - exact).abs() <= 1e-5 * exact.abs().clamp(min=1.0)).all()
+    rounded, _ = policy(pack(roots, policy.causal_lm.config.video_token_id))
+    got = gradients(rounded, policy.model)
+    for row, logps in zip(rows, rounded, strict=True):
+        assert ((logps[: len(row)] - row).abs() <= 1e-5 * row.abs().clamp(min=1.0)).all()
+    for name, gradient in gradients(torch.cat(rows), plain).items():
+        assert float((got[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()), name
 
 
 @torch.no_grad()
@@ -202,7 +220,13 @@ def test_logits_in_parts_give_the_same_log_probabilities_entropies_and_gradients
 @pytest.fixture(scope="module")
 def text_policy(qwen3: Qwen3ForCausalLM) -> PackedPolicy:
     """A second architecture, without pictures, its adapter's B not zero."""
-    return PackedPolicy(adapted(deepcopy(qwen3), Qwen3RMSNorm, std=0.2))
+    return PackedPolicy(adapted(deepcopy(qwen3), std=0.2))
+
+
+@pytest.fixture(scope="module")
+def plain_text(qwen3: Qwen3ForCausalLM) -> PeftModel:
+    """The same as transformers and PEFT compute it."""
+    return with_exact_norms(adapted(deepcopy(qwen3), std=0.2), Qwen3RMSNorm)
 
 
 Shape = int | tuple[int, list]
@@ -228,7 +252,11 @@ def grown(shape: Shape, first: int = 1) -> Node:
 @settings(max_examples=25, deadline=None)
 @given(forest=forests, dtype=st.sampled_from([torch.float64, torch.float32]), attention=attentions)
 def test_text_trees_of_any_depth_pack_the_same_way_in_a_second_architecture(
-    text_policy: PackedPolicy, forest: list[Shape], dtype: torch.dtype, attention: str
+    text_policy: PackedPolicy,
+    plain_text: PeftModel,
+    forest: list[Shape],
+    dtype: torch.dtype,
+    attention: str,
 ) -> None:
     """To 1e-10 in float64; in float32 within 1e-5 of a log-probability and 1e-4 of a gradient's norm."""
     off_logp, off_gradient = (1e-10, 1e-10) if dtype == torch.float64 else (1e-5, 1e-4)
@@ -236,38 +264,31 @@ def test_text_trees_of_any_depth_pack_the_same_way_in_a_second_architecture(
     roots = [grown(shape) for shape in forest]
     rows = list(paths(roots))
     assume(any(path[-1].token_ids for path in rows))
-    trained = [p for p in policy.parameters() if p.requires_grad]
     logps_N_T, _ = policy(pack(roots, visual_token_id=-1))
-    got = torch.autograd.grad(logps_N_T.pow(2).sum(), trained)
+    got = gradients(logps_N_T, policy.model)
 
-    policy.language_model.config._attn_implementation = "sdpa"
+    causal_lm = plain_text.to(dtype).get_base_model()
     expected = []
     for path in rows:
         ids, n = torch.tensor([t for node in path for t in node.token_ids]), len(path[-1].token_ids)
-        scores = F.log_softmax(policy.causal_lm(input_ids=ids[None], use_cache=False).logits[0], dim=-1)
+        scores = F.log_softmax(causal_lm(input_ids=ids[None], use_cache=False).logits[0], dim=-1)
         expected.append(scores[len(ids) - n - 1 : -1].gather(-1, ids[len(ids) - n :, None]).squeeze(-1))
     for row, logps in zip(expected, logps_N_T, strict=True):
         assert ((logps[: len(row)] - row).abs() <= off_logp * row.abs().clamp(min=1)).all()
         assert not logps[len(row) :].any()
-    for a, b in zip(got, torch.autograd.grad(torch.cat(expected).pow(2).sum(), trained), strict=True):
-        assert float((a - b).norm()) <= off_gradient * max(
-            1e-3, float(b.norm())
-        )  # some are 0 but for rounding
+    for name, gradient in gradients(torch.cat(expected), plain_text).items():
+        allowed = off_gradient * max(1e-3, float(gradient.norm()))  # some are 0 but for rounding
+        assert float((got[name] - gradient).norm()) <= allowed, name
 
 
 @pytest.mark.parametrize("name", ["flex", "subtree"])
 def test_a_model_with_attention_dropout_is_refused(qwen3: Qwen3ForCausalLM, name: str) -> None:
-    policy = PackedPolicy(qwen3, name).train()
-    attentions = [layer.self_attn for layer in policy.language_model.layers]
-    for attention in attentions:
-        attention.attention_dropout = 0.1
+    policy = PackedPolicy(deepcopy(qwen3), name).train()
+    for layer in policy.language_model.layers:
+        layer.self_attn.attention_dropout = 0.1
     refusal = rf"model\.attention '{name}' cannot: use 'sdpa'"
-    try:
-        with torch.no_grad(), pytest.raises(ValueError, match=refusal):
-            policy(pack([grown((3, [2]))], visual_token_id=-1))
-    finally:
-        for attention in attentions:
-            attention.attention_dropout = 0.0
+    with torch.no_grad(), pytest.raises(ValueError, match=refusal):
+        policy(pack([grown((3, [2]))], visual_token_id=-1))
 
 
 def test_features_that_do_not_match_the_visual_tokens_are_refused(policy: PackedPolicy) -> None:

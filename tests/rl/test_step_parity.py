@@ -32,18 +32,29 @@ CUT_OFF = 2
 ADVANTAGES_N = torch.tensor([1.5, -0.5, -2.0, 0.7, 0.4, -1.1])
 
 
+@pytest.fixture(scope="module")
+def step_on_pictures() -> Callable[..., tuple[float, dict[str, torch.Tensor]]]:
+    """Loss and gradients of an arm of the speed benchmark."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        step_arms = importlib.import_module("step_arms")
+    work = step_arms.Work(visual_tokens=32, generations=2, questions=1)
+    return lambda arm, *batch: step_arms.make_step(arm, 1, work, *batch)("gradients")
+
+
+@pytest.fixture(scope="module")
+def trls_step_on_pictures(step_on_pictures: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    return step_on_pictures("trl", 1)  # two micro-batches
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ["packed", "padded"])
+@pytest.mark.parametrize("arm", [("packed",), ("subtree",), ("padded", 2)], ids=lambda arm: arm[0])
 def test_a_step_on_pictures_has_the_loss_and_the_gradients_of_trls_trainer(
-    arm: str, monkeypatch: pytest.MonkeyPatch
+    arm: tuple[Any, ...], step_on_pictures: Any, trls_step_on_pictures: Any
 ) -> None:
     """The arms of the speed benchmark: what is timed there is the same work."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    step_arms = importlib.import_module("step_arms")
-    work = step_arms.Work(visual_tokens=32, generations=2, questions=1)
-    batch = {"padded": (2,), "packed": ()}[arm]
-    loss, gradients = step_arms.make_step(arm, 1, work, *batch)("gradients")
-    expected, expected_gradients = step_arms.make_step("trl", 1, work, 1)("gradients")  # two micro-batches
+    loss, gradients = step_on_pictures(*arm)
+    expected, expected_gradients = trls_step_on_pictures
     assert loss == pytest.approx(expected, abs=1e-6)
     assert len(gradients) == len(expected_gradients) > 100
     for name, gradient in expected_gradients.items():

@@ -14,9 +14,9 @@ import torch
 import rl  # noqa: F401  isort: skip  (before peft imports torchvision)
 from accelerate import Accelerator
 from safetensors.torch import save_file
-from test_packed import random_forest, small_policy
+from test_packed import random_forest, small_model
 
-from rl.packed import pack
+from rl.packed import PackedPolicy, pack
 
 FOREST = [[[3, 2], [4]], [[5]], [[1, 2, 3]]]
 """Completion lengths by volume and question; a volume is a micro-batch, so that two ranks have two and one."""
@@ -25,7 +25,7 @@ FOREST = [[[3, 2], [4]], [[5]], [[1, 2, 3]]]
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
-    policy = small_policy()
+    policy = PackedPolicy(small_model())
     wrapped = accelerator.prepare(policy)
     ranks, rank = accelerator.num_processes, accelerator.process_index
     roots = random_forest(policy, FOREST)[rank::ranks]

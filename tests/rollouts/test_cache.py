@@ -193,6 +193,20 @@ def test_several_writers_of_one_entry_do_not_disturb_each_other(
     assert len([path for path in cache.folder.rglob("*") if path.is_file()]) == 1
 
 
+def test_what_a_killed_process_was_writing_is_removed_and_what_is_being_written_is_not(
+    cache: EmbeddingCache, features: VolumeFeatures
+) -> None:
+    cache.put(features)
+    entry = cache.path_of(features.key)
+    abandoned, written = (entry.with_name(f".{features.key}.{name}.tmp") for name in ("old", "new"))
+    for path in (abandoned, written):
+        path.write_bytes(b"half")
+    for path in (abandoned, entry):
+        os.utime(path, (0, 0))
+    cache.remove_abandoned()
+    assert {path.name for path in entry.parent.iterdir()} == {entry.name, written.name}
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CacheError, match=r"file/cache cannot be made.*embed\.cache_dir"):

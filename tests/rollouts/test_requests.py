@@ -12,6 +12,7 @@ import torch
 
 from rollouts.requests import ModelFacts, check_request, group_seed
 from rollouts.types import NO_PICTURE, EngineError, Prompt, Sampling
+from rollouts.vllm_engine import _volume_major
 
 Check = Callable[..., None]
 
@@ -107,3 +108,10 @@ def test_group_seeds_are_fixed_and_far_apart() -> None:
     assert group_seed(0, 1, "a") == group_seed(0, 1, "a") != group_seed(0, 11, "a")
     low = sorted(group_seed(seed) % 2**32 for seed in range(2000))  # a CPU generator uses 32 bits of its seed
     assert sum(b - a < 8 for a, b in pairwise(low)) <= 1
+
+
+def test_questions_about_a_volume_are_asked_one_after_the_other(make_prompt: Callable[..., Prompt]) -> None:
+    """Volumes in the order they come in first, and the questions about each in theirs."""
+    asked = [(1, 0), (0, 0), (1, 1), (2, 0), (0, 1), (1, 2)]
+    order = _volume_major([make_prompt(volume, question) for volume, question in asked])
+    assert [asked[i] for i in order] == [(1, 0), (1, 1), (1, 2), (0, 0), (0, 1), (2, 0)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,6 +120,19 @@ def test_adapter_versions_are_never_reused(engine: VllmEngine, make_adapter: Cal
     ]
     assert versions[1] == 0
     assert 0 < versions[0] < versions[2] < versions[3]
+
+
+def test_an_adapter_is_read_when_it_is_handed_over(
+    engine: VllmEngine, prompts: list[Prompt], make_adapter: Callable[[int], Path], score: Score
+) -> None:
+    """So that the time of the handing over is all of it, and `generate` only samples."""
+    engine.wait_until_ready()
+    version = engine.load_adapter(make_adapter(1))
+    shutil.rmtree(engine._folder / f"v{version}")
+    (group,) = engine.generate(prompts[:1], 1, Sampling(max_tokens=8), [0])
+    (rollout,) = group.rollouts
+    expected = score(prompts[0], rollout.token_ids, 1.0, make_adapter(1))
+    assert rollout.logps == pytest.approx(expected, abs=TOLERANCE)
 
 
 def test_an_adapter_overwritten_on_disk_is_not_served(
