@@ -16,8 +16,8 @@ The tree attends as it does in training on a CPU (`rl/subtree.py`), in layers th
 gradient checkpointing and without a pass for old log-probabilities. Before anything is timed, loss and adapter
 gradients of one question are compared across the arms that have one. Seconds are those of a question; a ratio is formed
 within each repetition. Memory is what a step takes on top of the resting model, of the first two at the batch size that
-takes least, whichever is fastest. At 8,192 visual tokens the arms would not fit into 24 GiB together with what they have
-freed, so that there each gives it back after a step. Last, a step of the packed arms is profiled: matrix products,
+takes least, whichever is fastest. At 8,192 visual tokens the arms would not fit into 24 GiB together with what they
+have freed, so that there each gives it back after a step. Last, a step of the packed arms is profiled: matrix products,
 attention, copies and the rest, as shares of the time of all operations.
 """
 

@@ -17,6 +17,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -73,10 +74,8 @@ def measure(config: Config) -> dict[str, Any]:
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     times = [record["time"] for record in records]
     return {
-        "seconds": [after - before for before, after in zip(times, times[1:], strict=False)],
-        "parts": {
-            part: [record[f"seconds/{key}"] for record in records[1:]] for part, key in PARTS.items()
-        },
+        "seconds": [after - before for before, after in pairwise(times)],
+        "parts": {part: [record[f"seconds/{key}"] for record in records[1:]] for part, key in PARTS.items()},
     }
 
 
@@ -101,7 +100,10 @@ def section(cells: Sequence[dict[str, Any]]) -> str:
             f"{median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | {3600 / median(seconds):.0f} | "
             f"{' | '.join(f'{share:.1%}' for share in (*shares, 1 - sum(shares)))} |"
         )
-    lines += ["", "| planned for | from the run with | sampling, planned | found | training, planned | found |"]
+    lines += [
+        "",
+        "| planned for | from the run with | sampling, planned | found | training, planned | found |",
+    ]
     lines += ["|---|---|---|---|---|---|"]
     for cell in cells:
         for questions, plan in cell["planned"].items():
@@ -125,7 +127,9 @@ def main() -> None:
         folder = Path(name)
         model = build_model()
         model.save_pretrained(folder / "adapter")
-        save_base(folder / "base", model.unload(), AutoTokenizer.from_pretrained(resolve_model("builtin:base")))
+        save_base(
+            folder / "base", model.unload(), AutoTokenizer.from_pretrained(resolve_model("builtin:base"))
+        )
         shared = settings(folder, options.visual_tokens, options.generations, options.steps + 1)
         for stage in ("phantom", "embed"):
             run_stage(load_valid(None, [*shared, f"run_dir={folder}"]), STAGES[stage])

@@ -173,7 +173,9 @@ class EmbeddingCache:
     def remove_abandoned(self) -> None:
         """Delete what processes that were killed while they wrote have left; the others' files are younger."""
         for temporary in self.folder.glob("*/.*.tmp"):
-            with contextlib.suppress(FileNotFoundError):  # it has become an entry, or another process was first
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # it has become an entry, or another process was first
                 if time.time() - temporary.stat().st_mtime > _ABANDONED_SECONDS:
                     temporary.unlink()
 

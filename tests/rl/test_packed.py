@@ -49,10 +49,10 @@ def plain() -> PeftModel:
 
 def adapted(model: PreTrainedModel, std: float) -> PeftModel:
     """The model with an adapter on its language layers, whose B is drawn with that standard deviation."""
+    torch.manual_seed(1)  # A is drawn too
     lora = get_peft_model(
         model, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, exclude_modules=".*visual.*")
     )
-    torch.manual_seed(1)
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=std)
