@@ -43,13 +43,16 @@ PARTS = {"sampling": "rollout", "rewards": "reward", "training": "train", "new a
 def settings(folder: Path, visual_tokens: int, generations: int, steps: int) -> list[str]:
     """What a recipe of such a run would say."""
     slices, side = SLICES_AND_SIDE[visual_tokens]
+    stride = max(1, 8 // slices)  # with fewer slices in the file, a phantom would lack regions
     letters = Path(__file__).resolve().with_name("letters_reward.py")
     names = ("output_format", "moaks_accuracy", "box_iou", f"{letters}:letters")
     components = ", ".join(f"{{name: '{name}'}}" for name in names)
     return [
         f"data.root={folder}/data",
-        *(f"phantom.{split}_patients=2" for split in ("train", "val", "test")),
-        f"phantom.shape=[96,96,{2 * slices}]",
+        *(f"phantom.{split}_patients={n}" for split, n in (("train", 2), ("val", 1), ("test", 1))),
+        "phantom.max_visits=1",
+        f"phantom.shape=[96,96,{2 * slices * stride}]",
+        f"view.slice_stride={stride}",
         f"view.height={side * PIXELS_PER_TOKEN}",
         f"view.width={side * PIXELS_PER_TOKEN}",
         f"embed.cache_dir={folder}/cache",
