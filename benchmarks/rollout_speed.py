@@ -198,9 +198,9 @@ def section(cells: Sequence[dict[str, Any]]) -> str:
         for cell in cells
         if cell["caches"] == "on"
     )
-    return "\n".join(
-        [*lines, "", f"Prompt tokens found in the prefix cache by the arm with features: {rates}."]
-    )
+    if rates:
+        lines += ["", f"Prompt tokens found in the prefix cache by the arm with features: {rates}."]
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Sampling: what an engine holds, and how long its completions take.
 
 A token is decoded by reading the weights, once for all sequences of a batch, and the keys and values of every sequence:
-memory bandwidth bounds it long before arithmetic does (Pope et al. 2022, arXiv 2211.05102, section 3).
+memory bandwidth bounds it long before arithmetic does (Pope et al. 2022, arXiv 2211.05102, section 3). On a CPU every
+layer costs some time besides, however few tokens there are.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from rl.plan.hardware import Hardware
 from rl.plan.memory import kv_bytes
 from rl.plan.sizes import Language
 
+CALL_S = 2.3e-3
+"""Seconds that a CPU takes in a decoding step to call a layer's kernels, each too small for its cores. Found on two
+cores from steps of 8 and of 32 sequences (`benchmarks/whole_steps.py`), the rest at `rl.plan.estimate.SHARE`."""
 BATCHED_TOKENS = 8192
 """Prompt tokens vLLM prefills at once, at least (`rollouts.vllm_engine`)."""
 
@@ -74,6 +78,8 @@ class Sampling:
     prefill: Operations
     decoding: Operations
     ideal_s: float
+    calls_s: float
+    """Besides, on a CPU."""
 
 
 def sampling(
@@ -92,6 +98,8 @@ def sampling(
     tokens = busiest * sum(volumes) * shape.generations * shape.completion
     weights = language.layers * language.layer_weights + language.vocabulary * language.hidden
     context = shape.volume + shape.question + shape.completion / 2
-    read = tokens * (weights * hardware.number_bytes / max(1, memory.sequences) + context * memory.kv_token)
+    steps = tokens / max(1, memory.sequences)
+    read = steps * weights * hardware.number_bytes + tokens * context * memory.kv_token
     decoding_s = max(read / hardware.bandwidth, busiest * decoding.needed / hardware.flops)
-    return Sampling(prefill, decoding, busiest * prefill.needed / hardware.flops + decoding_s)
+    calls_s = 0.0 if hardware.is_gpu else steps * language.layers * CALL_S
+    return Sampling(prefill, decoding, busiest * prefill.needed / hardware.flops + decoding_s, calls_s)

@@ -64,8 +64,10 @@ class Plan:
     """Of one volume."""
     disk_free: int | None
     """In `embed.cache_dir`, what the cache has already included; None where there is no such folder."""
-    shares: tuple[float, float]
-    """Of the peak rates that training and sampling reach."""
+    share: float
+    """Of the peak rate that training reaches."""
+    pace: float
+    """Of sampling: its seconds over those that are assumed where no run has shown others."""
     computed: float
     """Share of the groups that have a signal and are computed in training."""
     assumed: list[str]
@@ -73,11 +75,11 @@ class Plan:
     @property
     def train_s(self) -> float:
         """Seconds of a GRPO step."""
-        return self.computed * self.training.ideal_s / self.shares[0]
+        return self.computed * self.training.ideal_s / self.share
 
     @property
     def rollout_s(self) -> float:
-        return self.sampling.ideal_s / self.shares[1]
+        return self.pace * _assumed_s(self.sampling)
 
     @property
     def step_s(self) -> float:
@@ -93,7 +95,7 @@ class Plan:
 
     @property
     def sft_step_s(self) -> float:
-        return self.sft.ideal_s / self.shares[0]
+        return self.sft.ideal_s / self.share
 
     @property
     def devices(self) -> int:
@@ -131,7 +133,7 @@ def make_plan(config: Config, hardware: Hardware) -> Plan:
         for checkpointing in (False, True)
     }
     engine = engine_memory(config, language, hardware, longest, grpo.questions_per_volume)
-    shares, said = _shares(past, hardware)
+    share, pace, said = _speed(past, hardware)
     storage = getattr(torch, hardware.dtype if config.embed.dtype == "auto" else config.embed.dtype)
     return Plan(
         config=config,
@@ -148,9 +150,10 @@ def make_plan(config: Config, hardware: Hardware) -> Plan:
         engine=engine,
         cache_bytes=work.visual * bytes_per_token(sizes.vision.geometry.hidden_size, storage),
         disk_free=_free(Path(config.embed.cache_dir).expanduser()),
-        shares=shares,
+        share=share,
+        pace=pace,
         computed=_computed_share(config, past),
-        assumed=[*work.assumed, *said, *_left_out(config)],
+        assumed=[*work.assumed, *said, *_left_out(config, hardware)],
     )
 
 
@@ -228,34 +231,40 @@ def _computed_share(config: Config, past: History | None) -> float:
     return 1 - past.without_signal if past and skips else 1.0
 
 
-def _shares(past: History | None, hardware: Hardware) -> tuple[tuple[float, float], list[str]]:
-    """Shares of the peak, and where they and the completion length are from."""
+def _assumed_s(sampling: Sampling) -> float:
+    """Seconds of a step's sampling where no run has shown others."""
+    return sampling.ideal_s / SHARE + sampling.calls_s
+
+
+def _speed(past: History | None, hardware: Hardware) -> tuple[float, float, list[str]]:
+    """Share of the peak in training, pace of sampling, and where they and the completion length are from."""
+    assumed = f"{SHARE:.0%} of the peak rates are reached"
     if past is None:
         said = "every completion takes grpo.max_completion_length tokens and every group has a signal"
-        return (SHARE, SHARE), [said, f"{SHARE:.0%} of the peak rates are reached"]
+        return SHARE, 1.0, [said, assumed]
     said = f"{past.completion:.0f} tokens a completion, as in {past.steps} steps of {past.folder}"
     if not hardware.measured or past.device != hardware.name:
-        reached = f"{SHARE:.0%} of the peak rates are reached (that run was on {past.device})"
-        return (SHARE, SHARE), [said, reached]
+        return SHARE, 1.0, [said, f"{assumed} (that run was on {past.device})"]
     ran = load_config(past.folder / "config.yaml")
     if ran.grpo.overlap:
-        reached = f"{SHARE:.0%} of the peak rates are reached (that run's rollouts and training overlapped)"
-        return (SHARE, SHARE), [said, reached]
+        return SHARE, 1.0, [said, f"{assumed} (that run's rollouts and training overlapped)"]
     sizes, work = model_sizes(ran.model.path), workload(ran)
     shape = _shape(ran, work, past.completion, hardware.is_gpu)
     engine = engine_memory(ran, sizes.language, hardware, shape, ran.grpo.questions_per_volume)
     train_s = _computed_share(ran, past) * training(ran, sizes, shape, hardware).ideal_s
-    rollout_s = sampling(ran, sizes.language, hardware, shape, engine).ideal_s
-    shares = (train_s / past.train_s, rollout_s / past.rollout_s)
-    reached = f"{shares[0]:.0%} and {shares[1]:.0%} of the peak rates are reached in training and sampling, as there"
-    return shares, [said, reached + ("; above 100%: this machine is busy now" if max(shares) > 1 else "")]
+    sampling_s = _assumed_s(sampling(ran, sizes.language, hardware, shape, engine))
+    share, pace = train_s / past.train_s, past.rollout_s / sampling_s
+    reached = f"{share:.0%} of the peak rate is reached in training and sampling takes {pace:.2g} times what is assumed"
+    return share, pace, [said, f"{reached}, as there" + ("; this machine is busy now" if share > 1 else "")]
 
 
-def _left_out(config: Config) -> list[str]:
+def _left_out(config: Config, hardware: Hardware) -> list[str]:
     """What of this recipe's time is not in the plan."""
     found = []
     if config.engine.kind != "vllm":
         found.append(f"rollouts take as long as vLLM's (engine.kind is {config.engine.kind})")
+    if hardware.is_gpu and config.engine.enforce_eager:
+        found.append("launching kernels takes no time (engine.enforce_eager=true launches each by itself)")
     if config.grpo.resample_rounds:
         found.append("no question is drawn again (grpo.resample_rounds)")
     if config.grpo.eval_steps:

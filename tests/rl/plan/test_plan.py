@@ -99,6 +99,20 @@ def test_decoding_is_bound_by_bandwidth_and_a_full_kv_cache_slows_it() -> None:
     assert cramped.rollout_s > slow.rollout_s
 
 
+def test_on_a_cpu_sequences_that_are_decoded_together_share_the_calls_of_a_step() -> None:
+    def on_cpu(questions: int, at_once: int) -> Plan:
+        overrides = (f"grpo.questions_per_volume={questions}", f"engine.max_num_seqs={at_once}")
+        config = recipe("run_dir=absent", "engine.kv_cache_gib=4", *overrides, path=CONFIGS / "smoke.yaml")
+        return make_plan(config, Hardware("cpu", 1e11, 1e10, 2e10, False, True, "float32"))
+
+    one, four, cramped = on_cpu(1, 256), on_cpu(4, 256), on_cpu(4, on_cpu(1, 256).engine.wanted)
+    assert four.engine.sequences == 4 * one.engine.sequences
+    assert four.sampling.calls_s == pytest.approx(one.sampling.calls_s)
+    assert cramped.sampling.calls_s == pytest.approx(4 * one.sampling.calls_s)
+    assert one.rollout_s < four.rollout_s < 4 * one.rollout_s
+    assert plan().sampling.calls_s == 0
+
+
 def test_the_phases_of_a_step_share_a_gpu_as_the_placement_says() -> None:
     asleep, awake = plan(), plan("engine.sleep=false")
     trainer = asleep.memory[True]
@@ -196,7 +210,7 @@ def test_a_run_in_run_dir_says_how_long_completions_are_and_how_fast_the_machine
     longer = make_plan(recipe(*given, "grpo.volumes_per_step=4", path=CONFIGS / "smoke.yaml"), cpu)
     assert longer.train_s == pytest.approx(4.0, rel=0.01)
     elsewhere = make_plan(config, replace(cpu, name="another"))
-    assert elsewhere.shares == (SHARE, SHARE)
+    assert (elsewhere.share, elsewhere.pace) == (SHARE, 1)
     assert elsewhere.shape.completion == 40
     assert "that run was on CPU" in elsewhere.assumed[-1]
     (tmp_path / "grpo" / "metrics.jsonl").write_text('{"completion_length": 3}')
