@@ -74,7 +74,7 @@ def try_batches(
     sizes = [b for b in BATCHES if any(g % b == 0 for g in generations)]
     found: dict[int, list[Timed]] = {}
     for _ in range(rounds):
-        for batch in list(sizes):
+        for batch in sizes:
             candidate = None
             try:
                 candidate = Arm(make_step, arm, threads, Work(visual_tokens, max(2, batch), 1), batch)

@@ -103,16 +103,15 @@ def section(cells: Sequence[dict[str, Any]]) -> str:
             f"{median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | {3600 / median(seconds):.0f} | "
             f"{' | '.join(f'{share:.1%}' for share in (*shares, 1 - sum(shares)))} |"
         )
-    lines += [
-        "",
-        "| planned for | from the run with | sampling, planned | found | training, planned | found |",
-    ]
-    lines += ["|---|---|---|---|---|---|"]
+    plans = []
     for cell in cells:
         for questions, plan in cell["planned"].items():
             seconds = ((plan[part], median(cell["parts"][part])) for part in plan)
             told = " | ".join(f"{expected:.2f} s | {found:.2f} s" for expected, found in seconds)
-            lines.append(f"| {cell['questions']} a volume | {questions} | {told} |")
+            plans.append(f"| {cell['questions']} a volume | {questions} | {told} |")
+    if plans:
+        head = "| planned for | from the run with | sampling, planned | found | training, planned | found |"
+        lines += ["", head, "|---|---|---|---|---|---|", *plans]
     return "\n".join(lines)
 
 
