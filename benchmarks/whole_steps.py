@@ -14,7 +14,6 @@ who has run one recipe and thinks of the next.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -23,6 +22,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from evidence import PARTS
 from middle_model import PIXELS_PER_TOKEN, SLICES_AND_SIDE, build_model
 from performance_page import update_page
 from transformers import AutoTokenizer
@@ -30,14 +30,13 @@ from transformers import AutoTokenizer
 from rl.base.model import save_base
 from rl.config import Config
 from rl.config_check import load_valid
+from rl.controls import metrics_of
 from rl.model import resolve_model
 from rl.plan.estimate import make_plan
-from rl.plan.hardware import measured
+from rl.plan.hardware import Hardware, measured
 from rl.stages import STAGES, run_stage
 
 COMPLETION_TOKENS = 96
-PARTS = {"sampling": "rollout", "rewards": "reward", "training": "train", "new adapter": "sync"}
-"""Of a step -> of which time its metrics tell."""
 
 
 def settings(folder: Path, visual_tokens: int, generations: int, steps: int) -> list[str]:
@@ -73,8 +72,7 @@ def settings(folder: Path, visual_tokens: int, generations: int, steps: int) -> 
 def measure(config: Config) -> dict[str, Any]:
     """Seconds of every step but the first, in which kernels are loaded, and of its parts."""
     run_stage(config, STAGES["grpo"])
-    metrics = Path(config.run_dir) / "grpo" / "metrics.jsonl"
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    records = metrics_of(config, "grpo")
     times = [record["time"] for record in records]
     return {
         "seconds": [after - before for before, after in pairwise(times)],
@@ -82,10 +80,9 @@ def measure(config: Config) -> dict[str, Any]:
     }
 
 
-def planned(config: Config, known: Config) -> dict[str, float]:
+def planned(config: Config, known: Config, hardware: Hardware) -> dict[str, float]:
     """Seconds of a step's parts that the plan foretells, when a run of another recipe is known."""
-    asked = replace(config, run_dir=known.run_dir)
-    plan = make_plan(asked, measured(asked))
+    plan = make_plan(replace(config, run_dir=known.run_dir), hardware)
     return {"sampling": plan.rollout_s, "training": plan.train_s}
 
 
@@ -144,10 +141,11 @@ def main() -> None:
         }
         sizes = {"visual_tokens": options.visual_tokens, "generations": options.generations}
         cells = [{**sizes, "questions": n, **measure(config)} for n, config in configs.items()]
+        hardware = measured(next(iter(configs.values())))
         for cell in cells:
             asked = configs[cell["questions"]]
             others = {n: known for n, known in configs.items() if known is not asked}
-            cell["planned"] = {n: planned(asked, known) for n, known in others.items()}
+            cell["planned"] = {n: planned(asked, known, hardware) for n, known in others.items()}
     print(section(cells))
     for cell in cells if options.out else ():
         key = f"{options.visual_tokens}-{options.generations}-{cell['questions']}"

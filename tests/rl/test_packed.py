@@ -71,13 +71,9 @@ def exact_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
-def adapter(model: PeftModel) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
 def gradients(logps: torch.Tensor, model: PeftModel) -> dict[str, torch.Tensor]:
     """Of the sum of their squares, by the adapter's tensors."""
-    learning = adapter(model)
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return dict(zip(learning, torch.autograd.grad(logps.pow(2).sum(), learning.values()), strict=True))
 
 
@@ -198,11 +194,10 @@ def test_logits_in_parts_give_the_same_log_probabilities_entropies_and_gradients
 ) -> None:
     """What keeps the logits of a real vocabulary out of memory."""
     batch = pack(random_forest(policy, [[[5, 4], [3]], [[2, 0, 1]]]), policy.causal_lm.config.video_token_id)
-    trained = [p for p in policy.parameters() if p.requires_grad]
 
     def outcome() -> list[torch.Tensor]:
         logps_N_T, entropies_N_T = policy(batch, 0.7)
-        return [logps_N_T, entropies_N_T, *torch.autograd.grad(logps_N_T.pow(2).sum(), trained)]
+        return [logps_N_T, entropies_N_T, *gradients(logps_N_T, policy.model).values()]
 
     whole, seen = outcome(), []
     score = policy._score
