@@ -179,7 +179,9 @@ def test_an_ended_command_cleans_up_and_says_so_by_its_exit_code(
         "import rl.stages, sys\nfrom rl.cli import main\n"
         "def wait(*arguments):\n"
         "    import time\n"
-        "    try:\n        print('working', flush=True)\n        time.sleep(100)\n"
+        "    try:\n        print('working', flush=True)\n"
+        # in short naps: a signal between Python's last look and the call of `sleep` is only seen after it
+        "        while True: time.sleep(0.1)\n"
         "    finally:\n        print('cleaned up', flush=True)\n"
         "rl.stages._function = lambda name: wait\n"
         f"sys.argv[1:] = ['embed', '--config', '{workshop / 'recipe.yaml'}', 'run_dir={tmp_path / 'run'}', "

@@ -128,6 +128,7 @@ def test_no_worker_outlives_its_parent(tmp_path: Path, ending: signal.Signals) -
     assert parent.stdout is not None
     pid, folder = parent.stdout.readline().split()
     assert is_running(int(pid))
+    time.sleep(0.5)  # until it waits for the answer: Python does not see a signal just before a blocking call
     parent.send_signal(ending)
     parent.wait(30)
     parent.stdout.close()
