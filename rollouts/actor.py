@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,19 +95,16 @@ class EngineActor:
 
 def pack(features: VolumeFeatures) -> PackedFeatures:
     embeds = features.embeds_V_H.detach().cpu().contiguous()
-    data = _bytes_of(embeds)
+    data = embeds.view(-1).view(torch.uint8).numpy()  # flat: `NO_PICTURE` has no rows to be seen as bytes
     return PackedFeatures(
         data, embeds.dtype, tuple(embeds.shape), features.key, features.grid_thw, features.second_per_grid_t
     )
 
 
 def unpack(packed: PackedFeatures) -> VolumeFeatures:
-    # A copy, because the object store's memory is read-only and torch tensors must not be.
     embeds = torch.empty(packed.shape, dtype=packed.dtype)
-    _bytes_of(embeds)[:] = packed.data
+    if packed.data.size:
+        with warnings.catch_warnings():  # the object store's memory is read-only; nothing writes to features
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
+            embeds = torch.frombuffer(packed.data, dtype=packed.dtype).view(packed.shape)
     return VolumeFeatures(packed.key, embeds, packed.grid_thw, packed.second_per_grid_t)
-
-
-def _bytes_of(embeds: torch.Tensor) -> np.ndarray:
-    """The tensor's own memory; flat, because `NO_PICTURE` has no rows to be seen as bytes."""
-    return embeds.view(-1).view(torch.uint8).numpy()

@@ -64,7 +64,7 @@ class Worker:
         if self.adapter and not self._sleeping():  # asleep there is no memory to put it into: `generate` will
             self.llm.llm_engine.add_lora(self.adapter)
 
-    def generate(self, request: Header, buffers: list[bytes]) -> tuple[Header, list[Buffer]]:
+    def generate(self, request: Header, buffers: list[memoryview]) -> tuple[Header, list[Buffer]]:
         """`n` completions per prompt; token ids and log-probabilities come back as two flat arrays."""
         from vllm import SamplingParams
 
@@ -128,10 +128,10 @@ class Worker:
         return header, [flat.tobytes(), np.asarray(logps, dtype=np.float32).tobytes()]
 
 
-def _volume(volume: Header, buffer: bytes) -> dict[str, torch.Tensor]:
+def _volume(volume: Header, buffer: memoryview) -> dict[str, torch.Tensor]:
     dtype = getattr(torch, volume["dtype"])
     return {
-        "video_embeds": torch.frombuffer(bytearray(buffer), dtype=dtype).view(volume["shape"]),
+        "video_embeds": torch.frombuffer(buffer, dtype=dtype).view(volume["shape"]),
         "video_grid_thw": torch.tensor([volume["grid_thw"]]),
         "second_per_grid_ts": torch.tensor([volume["second_per_grid_t"]]),
     }

@@ -1,14 +1,15 @@
 """A worker process under watch: it answers in time, or it is killed and the cause is told.
 
 The engine runs apart from the trainer because it can hang for ever or be killed by the operating system, and
-neither may take the trainer along. Messages are a JSON header and raw tensor bytes over a socket (no pickle). The
-worker leads a session of its own, so that Ctrl-C reaches only the parent, and dies when the parent does.
+neither may take the trainer along. Messages are a JSON header over a socket and raw tensor bytes in shared memory (no
+pickle). The worker leads a session of its own, so that Ctrl-C reaches only the parent, and dies when the parent does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import select
 import shutil
@@ -19,7 +20,9 @@ import sys
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +38,27 @@ class WorkerFailure(RuntimeError):
 
 
 def send(connection: Connection, header: Mapping[str, Any], buffers: Sequence[Buffer] = ()) -> None:
-    """One message: a JSON header, then its buffers."""
-    connection.send_bytes(json.dumps({**header, "buffers": len(buffers)}).encode())
-    for buffer in buffers:
-        connection.send_bytes(buffer)
+    """One message: a JSON header, and the memory that its buffers were written into, one after the other."""
+    lengths = [len(buffer) for buffer in buffers]
+    connection.send_bytes(json.dumps({**header, "buffers": lengths}).encode())
+    if any(lengths):
+        with os.fdopen(os.memfd_create("buffers"), "wb") as shared:
+            shared.writelines(buffers)
+            shared.flush()
+            send_handle(connection, shared.fileno(), None)
 
 
-def receive(connection: Connection) -> tuple[Header, list[bytes]]:
-    """The other end of `send`. Raises EOFError when the peer is gone."""
+def receive(connection: Connection) -> tuple[Header, list[memoryview]]:
+    """The other end of `send`; the buffers are views of the shared memory. Raises EOFError when the peer is gone."""
     header = json.loads(connection.recv_bytes())
-    return header, [connection.recv_bytes() for _ in range(header.pop("buffers"))]
+    lengths = header.pop("buffers")
+    memory = memoryview(bytearray())
+    if any(lengths):
+        with os.fdopen(recv_handle(connection), "rb+") as shared:
+            # all pages at once: one by one they take as long as a copy
+            memory = memoryview(mmap.mmap(shared.fileno(), 0, mmap.MAP_SHARED | mmap.MAP_POPULATE))
+    ends = list(accumulate(lengths))
+    return header, [memory[end - length : end] for length, end in zip(lengths, ends, strict=True)]
 
 
 class WorkerProcess:
@@ -91,7 +105,7 @@ class WorkerProcess:
         except OSError as error:
             raise self._failure("died") from error
 
-    def receive(self, timeout_s: float) -> tuple[Header, list[bytes]]:
+    def receive(self, timeout_s: float) -> tuple[Header, list[memoryview]]:
         """The answer to the oldest open request.
 
         Raises:
@@ -113,7 +127,7 @@ class WorkerProcess:
 
     def request(
         self, header: Mapping[str, Any], buffers: Sequence[Buffer] = (), *, timeout_s: float
-    ) -> tuple[Header, list[bytes]]:
+    ) -> tuple[Header, list[memoryview]]:
         """`send`, then `receive`."""
         self.send(header, buffers)
         return self.receive(timeout_s)

@@ -113,7 +113,10 @@ def test_prompts_without_a_picture_are_spread() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_features_survive_packing_bit_by_bit(dtype: torch.dtype) -> None:
     features = VolumeFeatures("key", torch.randn(5, 4).to(dtype), (5, 2, 2), 0.25)
-    back = unpack(pack(features))
+    packed = pack(features)
+    packed.data.flags.writeable = False  # as Ray's object store hands it out
+    back = unpack(packed)
+    assert back.embeds_V_H.data_ptr() == features.embeds_V_H.data_ptr(), "neither way copies"
     assert back.embeds_V_H.dtype == dtype
     assert torch.equal(back.embeds_V_H, features.embeds_V_H)
     assert (back.key, back.grid_thw, back.second_per_grid_t) == ("key", (5, 2, 2), 0.25)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -68,11 +69,12 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> bool:
     return condition()
 
 
-def test_headers_and_buffers_arrive_unchanged(start: Callable[[], WorkerProcess]) -> None:
+def test_headers_and_buffers_arrive_unchanged_in_shared_memory(start: Callable[[], WorkerProcess]) -> None:
     large = os.urandom(3_000_000)
     header, buffers = start().request({"op": "echo", "text": "µ"}, [large, b""], timeout_s=60)
     assert header == {"op": "echo", "text": "µ"}
     assert buffers == [large, b""]
+    assert isinstance(buffers[0].obj, mmap.mmap)
 
 
 def test_a_hanging_worker_is_killed_after_its_time(start: Callable[[], WorkerProcess]) -> None:
