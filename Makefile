@@ -38,9 +38,9 @@ test-all: $(INSTALLED)  ## all tests short of hours: also vLLM, Ray, notebooks, 
 evidence: $(INSTALLED)  ## hours: three seeds, long fuzz, benchmarks
 	$(BIN)/python -m pytest -v -m evidence $(ARGS)
 	$(BIN)/python benchmarks/evidence.py --jobs 2 --overlapped $(ARGS)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/train_step.py --visual-tokens 512 2000 8192 --generations 4 8 16 --out docs/performance
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/rollout_speed.py --out docs/performance
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/whole_steps.py --out docs/performance
+	$(BIN)/python benchmarks/train_step.py --visual-tokens 512 2000 8192 --generations 4 8 16 --out docs/performance
+	$(BIN)/python benchmarks/rollout_speed.py --out docs/performance
+	$(BIN)/python benchmarks/whole_steps.py --out docs/performance
 	$(BIN)/python benchmarks/reward_speed.py
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/plan_check.py

@@ -55,7 +55,7 @@ def iterations(known: Mapping[str, Mapping[str, Any]]) -> str:
             seconds = [
                 median(sampled["seconds"][engine]) / sampled["volumes"]
                 + questions * median(trained["seconds"][arm])
-                for engine, arm in (("pictures", "trl"), ("features", f"packed-{questions}"))
+                for engine, arm in (("stock", "trl"), ("features", f"packed-{questions}"))
             ]
             theirs, ours = (3600 / s for s in seconds)
             lines.append(f"| {questions} | {theirs:.0f} | {ours:.0f} | {ours / theirs:.1f} |")

@@ -1,17 +1,18 @@
 """Rollouts: cached features, one request of G samples, volume by volume, beside pictures, G requests, unsorted.
 
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/rollout_speed.py [--visual-tokens 2000] [--generations 8] [--volumes 2]
+    python benchmarks/rollout_speed.py [--visual-tokens 2000] [--generations 8] [--volumes 2]
         [--questions 1 4] [--caches on off] [--repetitions 5] [--out docs/performance]
 
 The same model (35 million parameters, random weights, LoRA r = 16) in the same vLLM answers the same number of
 questions about the same number of visual tokens with completions of at most 96 tokens:
 
+    stock      vLLM's own `LLM.generate`: slices as pictures, every sample a request of its own, in random order
+    pictures   the same with our LoRA kernel for CPUs
     features   `rollouts.VllmEngine`: the vision tower has run once, before training; a question is one request
-    pictures   vLLM's own `LLM.generate`: slices as pictures, every sample a request of its own, in random order
 
-both with vLLM's prefix and multimodal caches on, and off. No volume is shown twice, and each repetition is a new
-training step with a new adapter, so that no cache is warm from the last. The share of decoding is what remains when
-only the first token is sampled. Ratios are formed within a repetition.
+with vLLM's prefix and multimodal caches on, and off (not `stock`, which is vLLM as it comes). No volume is shown twice,
+and each repetition is a new training step with a new adapter, so that no cache is warm from the last. The share of
+decoding is what remains when only the first token is sampled. Ratios are formed within a repetition.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -91,16 +93,17 @@ def features(
 
 
 def pictures(
-    base: Path, adapter: Path, caches: bool, generations: int
+    base: Path, adapter: Path, caches: bool, generations: int, own_lora: bool = True
 ) -> Callable[[list[Volume], int, int], Any]:
-    """vLLM as it comes, but for its LoRA kernel on CPUs, which is ours here too."""
+    """vLLM as it comes, but for its LoRA kernel on CPUs, which is ours here too if `own_lora`."""
     from PIL import Image
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     from rollouts import vllm_lora_cpu
 
-    vllm_lora_cpu.install()
+    if own_lora:
+        vllm_lora_cpu.install()
     slices = max(slices for slices, _ in SLICES_AND_SIDE.values())
     llm = LLM(
         model=str(base),
@@ -152,7 +155,7 @@ def pictures(
     return answer
 
 
-ARMS = {"pictures": pictures, "features": features}
+ARMS = {"stock": partial(pictures, own_lora=False), "pictures": pictures, "features": features}
 
 
 def measure(
@@ -178,20 +181,21 @@ def measure(
 def section(cells: Sequence[dict[str, Any]]) -> str:
     """The cells as a table."""
     lines = [
-        "| visual tokens | volumes | questions | G | caches | arm | seconds | pictures' time / its own | decoding |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| visual tokens | volumes | questions | G | caches | arm | seconds | stock's time / its own | "
+        "pictures' time / its own | decoding |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in cells:
         work = " | ".join(
             str(cell[key]) for key in ("visual_tokens", "volumes", "questions", "generations", "caches")
         )
-        for name, seconds in cell["seconds"].items():
-            ratios = [p / s for p, s in zip(cell["seconds"]["pictures"], seconds, strict=True)]
-            decoding = np.median([1 - f / s for f, s in zip(cell["first_token"][name], seconds, strict=True)])
-            lines.append(
-                f"| {work} | {name} | {np.median(seconds):.2f} | "
-                f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {decoding:.0%} |"
+        timed = {name: cell["seconds"][name] for name in ARMS if name in cell["seconds"]}
+        for name, seconds in timed.items():
+            shares = " | ".join(
+                _ratio(timed[other], seconds) if other in timed else "" for other in ("stock", "pictures")
             )
+            decoding = np.median([1 - f / s for f, s in zip(cell["first_token"][name], seconds, strict=True)])
+            lines.append(f"| {work} | {name} | {np.median(seconds):.2f} | {shares} | {decoding:.0%} |")
     rates = ", ".join(
         f"{np.mean(cell['hit_rate']['features']):.1%} with {cell['questions']} "
         f"question{'s' * (cell['questions'] > 1)} a volume"
@@ -201,6 +205,11 @@ def section(cells: Sequence[dict[str, Any]]) -> str:
     if rates:
         lines += ["", f"Prompt tokens found in the prefix cache by the arm with features: {rates}."]
     return "\n".join(lines)
+
+
+def _ratio(theirs: Sequence[float], own: Sequence[float]) -> str:
+    ratios = [t / o for t, o in zip(theirs, own, strict=True)]
+    return f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def main() -> None:
@@ -226,7 +235,9 @@ def main() -> None:
     base, adapter = save_model(Path(mkdtemp()))
     for caches in options.caches:
         arms = {
-            name: Arm(make, base, adapter, caches == "on", options.generations) for name, make in ARMS.items()
+            name: Arm(make, base, adapter, caches == "on", options.generations)
+            for name, make in ARMS.items()
+            if caches == "on" or name != "stock"
         }
         for questions in options.questions:
             sizes = options.visual_tokens, options.volumes, questions, options.repetitions

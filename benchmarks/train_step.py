@@ -1,6 +1,6 @@
 """The training part of a GRPO step: the packed prefix tree beside TRL, on the same model, rollouts and loss.
 
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/train_step.py [--visual-tokens 2000] [--generations 8] [--repetitions 5]
+    python benchmarks/train_step.py [--visual-tokens 2000] [--generations 8] [--repetitions 5]
         [--out docs/performance]
 
 A step is forward, loss, backward and AdamW on a LoRA adapter (r = 16) of a Qwen2.5-VL of 35 million parameters with

@@ -1,6 +1,6 @@
 """Whole steps of `reasonknee grpo` by the clock.
 
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/whole_steps.py [--visual-tokens 2000] [--generations 8]
+    python benchmarks/whole_steps.py [--visual-tokens 2000] [--generations 8]
         [--questions 1 4] [--steps 6] [--out docs/performance]
 
 The model of `train_step.py` and `rollout_speed.py` (35 million parameters, random weights, LoRA r = 16) is asked about

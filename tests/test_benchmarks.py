@@ -27,7 +27,7 @@ def test_the_page_keeps_every_cell_and_adds_up_whole_steps_once_it_has_both_part
     page = tmp_path / "page"
     page.with_suffix(".md").write_text("\n".join(marks) + "\n")
     trained = {"seconds": {"trl": [10.0, 9.0, 11.0], "packed-1": [1.0], "packed-4": [0.5]}}
-    sampled = {"volumes": 2, "seconds": {"pictures": [40.0], "features": [6.0]}}
+    sampled = {"volumes": 2, "seconds": {"stock": [40.0], "features": [6.0]}}
     update_page(page, "train_step", "2000-8", trained, lambda cells: f"{len(cells)} trained")
     assert "1 trained" in page.with_suffix(".md").read_text()
     assert "| ratio |" not in page.with_suffix(".md").read_text()
@@ -110,17 +110,22 @@ def test_the_training_step_is_timed_beside_trl_s_and_its_time_is_divided(tmp_pat
 
 @pytest.mark.slow
 def test_rollouts_on_features_are_timed_beside_pictures(tmp_path: Path) -> None:
-    """Without caches: with them, the engine of features is that of every run."""
     page = tmp_path / "performance"
     page.with_suffix(".md").write_text("<!-- rollout_speed -->\n<!-- end of rollout_speed -->\n")
     sizes = ("--visual-tokens", "32", "--generations", "2", "--volumes", "1", "--questions", "2")
-    script("rollout_speed.py", *sizes, "--caches", "off", "--repetitions", "1", "--out", page)
-    (cell,) = json.loads(page.with_suffix(".json").read_text())["rollout_speed"].values()
-    for name in ("pictures", "features"):
-        assert len(cell["seconds"][name]) == 1
-        assert cell["tokens"][name][0] > 2 * 2
-    assert cell["hit_rate"]["features"] == [None]
-    assert "| 32 | 1 | 2 | 2 | off | features | " in page.with_suffix(".md").read_text()
+    script("rollout_speed.py", *sizes, "--repetitions", "1", "--out", page)
+    on, off = json.loads(page.with_suffix(".json").read_text())["rollout_speed"].values()
+    assert off["seconds"].keys() == {"pictures", "features"}
+    assert on["seconds"].keys() == {"stock", "pictures", "features"}
+    for cell in (on, off):
+        for name, seconds in cell["seconds"].items():
+            assert len(seconds) == 1
+            assert cell["tokens"][name][0] > 2 * 2
+    assert on["hit_rate"]["features"][0] > 0
+    assert off["hit_rate"]["features"] == [None]
+    text = page.with_suffix(".md").read_text()
+    assert "| 32 | 1 | 2 | 2 | on | stock | " in text
+    assert "| 32 | 1 | 2 | 2 | off | features | " in text
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch
 
 from rollouts.requests import ModelFacts, check_request, group_seed
 from rollouts.types import NO_PICTURE, EngineError, Prompt, Sampling
-from rollouts.vllm_engine import _volume_major
+from rollouts.vllm_engine import _environment, _volume_major
 
 Check = Callable[..., None]
 
@@ -115,3 +115,15 @@ def test_questions_about_a_volume_are_asked_one_after_the_other(make_prompt: Cal
     asked = [(1, 0), (0, 0), (1, 1), (2, 0), (0, 1), (1, 2)]
     order = _volume_major([make_prompt(volume, question) for volume, question in asked])
     assert [asked[i] for i in order] == [(1, 0), (1, 1), (1, 2), (0, 0), (0, 1), (2, 0)]
+
+
+@pytest.mark.parametrize(("name", "value"), [("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "7")])
+def test_an_engines_threads_wait_awake_for_a_while_unless_the_user_says_otherwise(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    for variable in ours:
+        monkeypatch.delenv(variable, raising=False)
+    assert ours <= _environment(threads=1).keys()
+    monkeypatch.setenv(name, value)  # the engine's process inherits it
+    assert not ours & _environment(threads=1).keys()
