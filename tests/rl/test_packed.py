@@ -9,7 +9,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -246,6 +246,7 @@ def grown(shape: Shape, first: int = 1) -> Node:
 
 @settings(max_examples=25, deadline=None)
 @given(forest=forests, dtype=st.sampled_from([torch.float64, torch.float32]), attention=attentions)
+@example(forest=[(1, [1])], dtype=torch.float32, attention="sdpa")
 def test_text_trees_of_any_depth_pack_the_same_way_in_a_second_architecture(
     text_policy: PackedPolicy,
     plain_text: PeftModel,
@@ -271,8 +272,11 @@ def test_text_trees_of_any_depth_pack_the_same_way_in_a_second_architecture(
     for row, logps in zip(expected, logps_N_T, strict=True):
         assert ((logps[: len(row)] - row).abs() <= off_logp * row.abs().clamp(min=1)).all()
         assert not logps[len(row) :].any()
-    for name, gradient in gradients(torch.cat(expected), plain_text).items():
-        allowed = off_gradient * max(1e-3, float(gradient.norm()))  # some are 0 but for rounding
+    by_name = gradients(torch.cat(expected), plain_text)
+    whole = float(torch.stack([gradient.norm() for gradient in by_name.values()]).norm())
+    for name, gradient in by_name.items():
+        # one that is 0, as of queries that see a single token, is left with the rounding of what cancels in it
+        allowed = off_gradient * max(1e-2 * whole, float(gradient.norm()))
         assert float((got[name] - gradient).norm()) <= allowed, name
 
 
