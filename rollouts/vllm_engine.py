@@ -230,7 +230,7 @@ def _room_for_rank(rank: int) -> int:
 
 # Decoding has a parallel region every few dozen microseconds. Threads that sleep in between cost it 15 % of its time;
 # those that stay awake for long, as is the default, make a machine with other work on it several times slower. So they
-# stay awake for half a millisecond, unless the user has decided.
+# stay awake for 10,000 turns, some tenths of a millisecond, unless the user has decided.
 _WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 
 
