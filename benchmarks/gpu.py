@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from middle_model import IMAGE, LANGUAGE, SLICES_AND_SIDE, build_model
-from performance_page import update_page
+from performance_page import spread, update_page
 from step_arms import Work, answers, tree, tree_flops
 
 from rl.packed import PackedPolicy, pack
@@ -204,7 +204,7 @@ def section(cells: Sequence[dict[str, Any]]) -> str:
             rows = f", {cell['batch']} rows a forward" if name == "padded" else ""
             lines.append(
                 f"| {work} | {name}{rows} | {np.median(seconds):.2f} | "
-                f"{np.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f}) | {cell['gib'][name]:.1f} | "
+                f"{spread(ratios, 1)} | {cell['gib'][name]:.1f} | "
                 f"{f'{np.median(used):.0%}' if used else ''} |"
             )
     return "\n".join(lines)

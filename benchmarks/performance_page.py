@@ -62,6 +62,12 @@ def iterations(known: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def spread(values: Sequence[float], digits: int) -> str:
+    """Median, smallest and largest."""
+    middle, low, high = (f"{value:.{digits}f}" for value in (median(values), min(values), max(values)))
+    return f"{middle} ({low} to {high})"
+
+
 def _between(text: str, benchmark: str, body: str, path: Path) -> str:
     """The page's text with another body between the marks of a benchmark."""
     start, end = f"<!-- {benchmark} -->", f"<!-- end of {benchmark} -->"

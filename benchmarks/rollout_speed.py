@@ -41,7 +41,7 @@ from middle_model import (
     build_model,
     words,
 )
-from performance_page import update_page
+from performance_page import spread, update_page
 
 from rl.base.model import save_base
 
@@ -192,7 +192,8 @@ def section(cells: Sequence[dict[str, Any]]) -> str:
         timed = {name: cell["seconds"][name] for name in ARMS if name in cell["seconds"]}
         for name, seconds in timed.items():
             shares = " | ".join(
-                _ratio(timed[other], seconds) if other in timed else "" for other in ("stock", "pictures")
+                spread(np.divide(timed[other], seconds), 2) if other in timed else ""
+                for other in ("stock", "pictures")
             )
             decoding = np.median([1 - f / s for f, s in zip(cell["first_token"][name], seconds, strict=True)])
             lines.append(f"| {work} | {name} | {np.median(seconds):.2f} | {shares} | {decoding:.0%} |")
@@ -205,11 +206,6 @@ def section(cells: Sequence[dict[str, Any]]) -> str:
     if rates:
         lines += ["", f"Prompt tokens found in the prefix cache by the arm with features: {rates}."]
     return "\n".join(lines)
-
-
-def _ratio(theirs: Sequence[float], own: Sequence[float]) -> str:
-    ratios = [t / o for t, o in zip(theirs, own, strict=True)]
-    return f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from arms import Arm, Timed
 from middle_model import SLICES_AND_SIDE, build_model
-from performance_page import update_page
+from performance_page import spread, update_page
 from step_arms import Work, make_step, tree_flops
 
 BATCHES = (1, 2, 4, 8)
@@ -193,7 +193,7 @@ def section(cells: Sequence[dict[str, Any]]) -> str:
             used = cell["utilisation"].get(name)
             lines.append(
                 f"| {cell['visual_tokens']:,} | {cell['generations']} | {name}{batch} | {np.median(seconds):.2f} | "
-                f"{np.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f}) | {cell['mib'][name]:,.0f} | "
+                f"{spread(ratios, 1)} | {cell['mib'][name]:,.0f} | "
                 f"{cell['mib']['trl'] / cell['mib'][name]:.1f} | {f'{np.median(used):.0%}' if used else ''} |"
             )
     worst = max(cell["gradient_difference"] for cell in cells)

@@ -24,7 +24,7 @@ from typing import Any
 
 from evidence import PARTS
 from middle_model import PIXELS_PER_TOKEN, SLICES_AND_SIDE, build_model
-from performance_page import update_page
+from performance_page import spread, update_page
 from transformers import AutoTokenizer
 
 from rl.base.model import save_base
@@ -97,7 +97,7 @@ def section(cells: Sequence[dict[str, Any]]) -> str:
         shares = [sum(cell["parts"][part]) / sum(seconds) for part in PARTS]
         lines.append(
             f"| {cell['visual_tokens']:,} | {cell['generations']} | {cell['questions']} | "
-            f"{median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | {3600 / median(seconds):.0f} | "
+            f"{spread(seconds, 2)} | {3600 / median(seconds):.0f} | "
             f"{' | '.join(f'{share:.1%}' for share in (*shares, 1 - sum(shares)))} |"
         )
     plans = []
