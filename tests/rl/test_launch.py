@@ -310,7 +310,7 @@ def test_an_engine_that_cannot_start_is_the_jobs_error(run_job: Callable[..., _R
     [
         ("slow_engine", "starting 1 x", signal.SIGINT),
         ("hang", "starting at step 0", signal.SIGINT),
-        ("slow_step", "1/2", signal.SIGTERM),
+        ("slow_step", "ranks [", signal.SIGTERM),
     ],
 )
 def test_an_interrupt_ends_everything(
