@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch.nn.functional as F
@@ -43,6 +44,16 @@ def refuse_attention_dropout(attention: str, dropout: float) -> None:
         raise ValueError(
             f"the model drops {dropout:g} of its attention, which model.attention {attention!r} cannot: use 'sdpa'"
         )
+
+
+def own_config(decoder: nn.Module) -> Any:
+    """The decoder's config, which from now on no other model shares: those that are built from one config all do."""
+    shared = decoder.config
+    own = deepcopy(shared)
+    for module in decoder.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
+    return own
 
 
 def change_forward(module: nn.Module, forward: Callable[..., Any]) -> None:

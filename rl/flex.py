@@ -64,8 +64,9 @@ def flex_tree_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: BlockMask,
+    attention_mask: None,
     *,
+    tree: BlockMask,
     scaling: float | None = None,
     dropout: float = 0.0,
     **_: Any,
@@ -74,7 +75,7 @@ def flex_tree_attention(
 
     Args:
         query: [1, heads, L, d]; key, value: [1, kv_heads, L, d].
-        attention_mask: of `tree_mask`.
+        tree: of `tree_mask`.
     Returns:
         [1, L, heads, d], as transformers' attention functions return it.
     Raises:
@@ -82,7 +83,7 @@ def flex_tree_attention(
     """
     refuse_attention_dropout("flex", dropout)
     attend = _on(query.device, flex_attention)
-    attended = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True)
+    attended = attend(query, key, value, block_mask=tree, scale=scaling, enable_gqa=True)
     return attended.transpose(1, 2), None
 
 

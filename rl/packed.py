@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rl.decoder import leave_unread_out, require_plain_layers, unread_in_layer
+from rl.decoder import leave_unread_out, own_config, require_plain_layers, unread_in_layer
 from rl.flex import flex_tree_attention, tree_mask
 from rl.gated import save_gate_memory
 from rl.lora import fuse_adapters
@@ -232,8 +232,7 @@ def sibling_masks(layout: Layout, device: torch.device, dtype: torch.dtype) -> l
         lengths = torch.tensor([layout.lengths[child] for child in s.children], device=device)
         child_T = torch.repeat_interleave(lengths)
         own = (child_T[:, None] == child_T).tril()
-        path = own.new_ones(len(own), sum(layout.lengths[node] for node in s.path))
-        seen = torch.cat([path, own], dim=1)
+        seen = F.pad(own, (sum(layout.lengths[node] for node in s.path), 0), value=True)
         masks.append(torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, float("-inf")))
     return masks
 
@@ -243,9 +242,10 @@ def packed_tree_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: Sequence[torch.Tensor | None],
+    attention_mask: None,
     *,
     layout: Layout,
+    tree: Sequence[torch.Tensor | None],
     scaling: float | None = None,
     dropout: float = 0.0,
     **_: Any,
@@ -255,7 +255,7 @@ def packed_tree_attention(
     Args:
         module: the decoder layer's attention; it says which layer it is.
         query: [1, heads, L, d]; key, value: [1, kv_heads, L, d].
-        attention_mask: of `sibling_masks`.
+        tree: of `sibling_masks`.
     Returns:
         [1, L, heads, d], as transformers' attention functions return it.
     """
@@ -265,7 +265,7 @@ def packed_tree_attention(
     q_runs = query.split([sum(layout.lengths[child] for child in s.children) for s in layout.siblings], dim=2)
     k_nodes, v_nodes = (x.split(layout.lengths, dim=2) for x in (key, value))
     outputs = []
-    for s, mask_T_AT, q in zip(layout.siblings, attention_mask, q_runs, strict=True):
+    for s, mask_T_AT, q in zip(layout.siblings, tree, q_runs, strict=True):
         if unread and not s.path:
             outputs.append(torch.zeros_like(q))
             continue
@@ -312,7 +312,7 @@ class PackedPolicy(nn.Module):
         self.model: Any = model
         self.attention = attention
         require_plain_layers(self.causal_lm.config, self.language_model.config)
-        self.language_model.config._attn_implementation = f"packed_tree_{attention}"
+        own_config(self.language_model)._attn_implementation = f"packed_tree_{attention}"
         leave_unread_out(self.language_model.layers[-1])
         for layer in self.language_model.layers:
             save_gate_memory(layer.mlp)
@@ -365,14 +365,14 @@ class PackedPolicy(nn.Module):
         hidden = self.language_model(
             inputs_embeds=embeds[None],
             position_ids=self._positions(batch.positions_3_L),
-            attention_mask={"full_attention": self._masks(batch.layout)},  # a ready mapping: none is built
             use_cache=False,
             layout=batch.layout,
+            tree=self._tree(batch.layout),  # transformers makes no mask for an attention of ours
         ).last_hidden_state[0]
         return hidden[batch.predictors_N_T[batch.mask_N_T]]
 
-    def _masks(self, layout: Layout) -> list[torch.Tensor | None] | Spans | BlockMask:
-        """What the attention function is given as its mask, the same in every layer."""
+    def _tree(self, layout: Layout) -> list[torch.Tensor | None] | Spans | BlockMask:
+        """Who sees whom, in the form that the attention function wants, the same in every layer."""
         if self.attention == "subtree":
             return subtree_spans(layout.lengths, layout.parents)
         if self.attention == "flex":

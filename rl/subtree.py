@@ -128,9 +128,10 @@ def subtree_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: Spans,
+    attention_mask: None,
     *,
     layout: Layout,
+    tree: Spans,
     scaling: float | None = None,
     dropout: float = 0.0,
     **_: Any,
@@ -140,7 +141,7 @@ def subtree_attention(
     Args:
         module: the decoder layer's attention; it says which layer it is.
         query: [1, heads, L, d]; key, value: [1, kv_heads, L, d].
-        attention_mask: of `subtree_spans`.
+        tree: of `subtree_spans`.
     Returns:
         [1, L, heads, d], as transformers' attention functions return it.
     Raises:
@@ -151,7 +152,7 @@ def subtree_attention(
     heads, kv_heads = query.shape[1], key.shape[1]
     query = query.view(kv_heads, heads // kv_heads, *query.shape[2:])
     unread = unread_in_layer(module, layout.unread)
-    attended = SubtreeAttention.apply(query, key[0], value[0], attention_mask, unread, scaling)
+    attended = SubtreeAttention.apply(query, key[0], value[0], tree, unread, scaling)
     return attended.flatten(0, 1).transpose(0, 1)[None], None
 
 

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -244,6 +246,13 @@ def grown(shape: Shape, first: int = 1) -> Node:
     return Node(ids, children=children, scored=isinstance(shape, int))
 
 
+def text_alone(causal_lm: PreTrainedModel, path: tuple[Node, ...]) -> torch.Tensor:
+    """Log-probabilities of one completion of a text tree as a plain causal row."""
+    ids, n = torch.tensor([t for node in path for t in node.token_ids]), len(path[-1].token_ids)
+    scores = F.log_softmax(causal_lm(input_ids=ids[None], use_cache=False).logits[0], dim=-1)
+    return scores[len(ids) - n - 1 : -1].gather(-1, ids[len(ids) - n :, None]).squeeze(-1)
+
+
 @settings(max_examples=25, deadline=None)
 @given(forest=forests, dtype=st.sampled_from([torch.float64, torch.float32]), attention=attentions)
 @example(forest=[(1, [1])], dtype=torch.float32, attention="sdpa")
@@ -263,12 +272,7 @@ def test_text_trees_of_any_depth_pack_the_same_way_in_a_second_architecture(
     logps_N_T, _ = policy(pack(roots, visual_token_id=-1))
     got = gradients(logps_N_T, policy.model)
 
-    causal_lm = plain_text.to(dtype).get_base_model()
-    expected = []
-    for path in rows:
-        ids, n = torch.tensor([t for node in path for t in node.token_ids]), len(path[-1].token_ids)
-        scores = F.log_softmax(causal_lm(input_ids=ids[None], use_cache=False).logits[0], dim=-1)
-        expected.append(scores[len(ids) - n - 1 : -1].gather(-1, ids[len(ids) - n :, None]).squeeze(-1))
+    expected = [text_alone(plain_text.to(dtype).get_base_model(), path) for path in rows]
     for row, logps in zip(expected, logps_N_T, strict=True):
         assert ((logps[: len(row)] - row).abs() <= off_logp * row.abs().clamp(min=1)).all()
         assert not logps[len(row) :].any()
@@ -279,6 +283,24 @@ def test_text_trees_of_any_depth_pack_the_same_way_in_a_second_architecture(
         floor = 1e-3 if dtype == torch.float64 else 1e-2 * whole
         allowed = off_gradient * max(floor, float(gradient.norm()))
         assert float((got[name] - gradient).norm()) <= allowed, name
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "subtree", "flex"])
+def test_a_decoder_that_always_makes_its_own_mask_packs_too_beside_another_of_the_same_config(
+    attention: str,
+) -> None:
+    """As Llama's does, and Qwen3-VL's. Models that are built from one config share it."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, num_key_value_heads=2, num_hidden_layers=2, initializer_range=0.3)
+    torch.manual_seed(0)
+    packed, plain = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    plain.load_state_dict(packed.state_dict())
+    roots = [grown((3, [(2, [3, 1]), 4]))]
+    with torch.no_grad():
+        logps_N_T, _ = PackedPolicy(packed, attention)(pack(roots, visual_token_id=-1))
+        for logps, path in zip(logps_N_T, paths(roots), strict=True):
+            expected = text_alone(plain, path)
+            torch.testing.assert_close(logps[: len(expected)], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["flex", "subtree"])

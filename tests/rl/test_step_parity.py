@@ -67,7 +67,7 @@ def text_model(qwen3: Qwen3ForCausalLM) -> Any:
     """A language model without pictures, its adapter's B not zero."""
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"])
     base = deepcopy(qwen3)
-    base.config._attn_implementation = "sdpa"  # other tests have packed it
+    base.model.config._attn_implementation = "sdpa"  # other tests have packed it
     model = get_peft_model(base, lora)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
