@@ -266,7 +266,7 @@ def plan(
     Needs neither weights nor data. Planned for the device present, whose peak is measured, or for one that is
     described. A GRPO run in run_dir says how long completions are and what share of the peak is reached.
     """
-    if (peak_tflops is None) != (memory_gb is None) or (bandwidth_gbs and peak_tflops is None):
+    if (peak_tflops is None) != (memory_gb is None) or (bandwidth_gbs is not None and peak_tflops is None):
         raise typer.BadParameter(
             "describe a machine by --peak-tflops and --memory-gb together, or not at all"
         )

@@ -22,9 +22,7 @@ def read_file(path: Path) -> Any:
         ConfigError: it is missing or not a YAML mapping.
     """
     if not path.is_file():
-        raise ConfigError(
-            f"config file {path} does not exist; name a recipe, as in --config configs/demo.yaml"
-        )
+        raise ConfigError(f"config file {path} does not exist; name a recipe, such as configs/demo.yaml")
     try:
         layer = OmegaConf.load(path)
     except (YAMLError, UnicodeDecodeError) as error:

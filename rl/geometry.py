@@ -72,14 +72,20 @@ def model_config(model_path: str) -> tuple[dict[str, Any], str] | None:
     """The `config.json` of the model a config names, and where it is from; None for an id that is not known here.
 
     Raises:
-        ConfigError: `builtin:base` without its files.
+        ConfigError: `builtin:base` without its files, or a `config.json` that cannot be read.
     """
     if model_path in PUBLISHED:
         return PUBLISHED[model_path], model_path
     folder = files("rl") / "assets" / "base" if model_path == "builtin:base" else Path(model_path)
     config_file = folder / "config.json"
     if config_file.is_file():
-        return json.loads(config_file.read_text(encoding="utf-8")), str(config_file)
+        try:
+            content = json.loads(config_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"model.path: {config_file} is not JSON ({error})") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"model.path: {config_file} holds a {type(content).__name__}, not named values")
+        return content, str(config_file)
     if model_path == "builtin:base":
         raise ConfigError(
             f"model.path is 'builtin:base' but {config_file} is missing: install the package again"
@@ -117,18 +123,36 @@ def cache_bytes(config: Config, geometry: VisionGeometry, volumes: int, bytes_pe
     return math.prod(visual_grid(config, geometry)) * geometry.hidden_size * bytes_per_number * volumes
 
 
+def size_of(content: Mapping[str, Any], name: str, origin: str) -> int:
+    """A size from a model's `config.json`.
+
+    Raises:
+        KeyError: it is not there.
+        ConfigError: it is no size.
+    """
+    value = content[name]
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"model.path: {origin}: {name} is {value!r}; a whole number above 0 is needed")
+    return value
+
+
 def _geometry_of(model_config: dict[str, Any], origin: str) -> VisionGeometry:
-    vision = model_config.get("vision_config", {})
+    vision = model_config.get("vision_config") or {}
     missing = {"patch_size", "spatial_merge_size", "temporal_patch_size", "out_hidden_size"} - set(vision)
     if missing:
         raise ConfigError(
             f"model.path: {origin} is no Qwen2.5-VL configuration: "
             f"vision_config lacks {', '.join(sorted(missing))}"
         )
+    if vision.get("deepstack_visual_indexes"):
+        raise ConfigError(
+            f"model.path: {origin} is of a model that adds visual features in further layers (Qwen3-VL does), which "
+            "cannot be trained here; set model.path to a Qwen2.5-VL"
+        )
     return VisionGeometry(
-        patch_size=vision["patch_size"],
-        merge_size=vision["spatial_merge_size"],
-        temporal_patch_size=vision["temporal_patch_size"],
-        hidden_size=vision["out_hidden_size"],
+        patch_size=size_of(vision, "patch_size", origin),
+        merge_size=size_of(vision, "spatial_merge_size", origin),
+        temporal_patch_size=size_of(vision, "temporal_patch_size", origin),
+        hidden_size=size_of(vision, "out_hidden_size", origin),
         tokens_per_second=vision.get("tokens_per_second", 2.0),
     )

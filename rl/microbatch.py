@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 LOGITS_AT_ONCE = 2**27
 """Most logits of completion tokens in memory (0.5 GiB). Where there are more (a real vocabulary has 150,000 entries),
@@ -28,17 +29,29 @@ class GroupTokens:
 
 
 def within_budget(groups: Sequence[GroupTokens], budget: int) -> Iterator[range]:
-    """Cut groups into parts of at most `budget` tokens, never a group; a volume's tokens count once per part."""
-    start = used = 0
-    for i, group in enumerate(groups):
-        new_volume = i == start or groups[i - 1].volume != group.volume
-        cost = group.own + (group.shared if new_volume else 0)
-        if i > start and used + cost > budget:
+    """Cut groups into parts of at most `budget` tokens, never a group.
+
+    A volume's tokens count once for its groups in a part and are computed again in another: so a volume is cut only
+    where it does not fit a part of its own.
+    """
+    start = used = i = 0
+    for _, of_volume in groupby(groups, lambda group: group.volume):
+        volume = list(of_volume)
+        whole = volume[0].shared + sum(group.own for group in volume)
+        if used and used + whole > budget:
             yield range(start, i)
-            start, used, cost = i, 0, group.own + group.shared
-        used += cost
+            start, used = i, 0
+        if used + whole <= budget:
+            used, i = used + whole, i + len(volume)
+            continue
+        used = volume[0].shared
+        for group in volume:
+            if i > start and used + group.own > budget:
+                yield range(start, i)
+                start, used = i, group.shared
+            used, i = used + group.own, i + 1
     if groups:
-        yield range(start, len(groups))
+        yield range(start, i)
 
 
 def attended_at_once(path: int, lengths: Sequence[int]) -> Iterator[range]:

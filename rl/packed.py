@@ -181,7 +181,7 @@ class _Builder:
             self.visual += visual
         if not span:
             return _Placed(-1, span, next_position)
-        self.ids += node.token_ids
+        self.ids.extend(node.token_ids)
         self.lengths.append(len(span))
         if node.features_V_H is not None:
             self.features.append(node.features_V_H)
@@ -344,7 +344,7 @@ class PackedPolicy(nn.Module):
             logps_N_T (0 where there is no token), entropies_N_T (without gradient), both float32.
         """
         hidden_n_H, targets_n = self._predictors(batch), batch.targets_N_T[batch.mask_N_T]
-        rows = scored_at_once(self.causal_lm.lm_head.out_features)
+        rows = scored_at_once(self.language_model.config.vocab_size)
         parts = zip(hidden_n_H.split(rows), targets_n.split(rows), strict=True)
         if len(targets_n) <= rows:
             scored = [self._score(hidden, targets, temperature) for hidden, targets in parts]

@@ -17,7 +17,7 @@ from rewards.types import VolumeRef
 from rollouts.cache import CacheError, EmbeddingCache, embedding_recipe, indexed_keys, volume_key
 from rollouts.features import FeatureError, validate_features
 from rollouts.index import IndexEntry
-from rollouts.storage import as_read, bytes_per_token, dtype_in_memory
+from rollouts.storage import as_read, bytes_per_token, dtype_in_memory, room_remedy
 from rollouts.types import VolumeFeatures
 from rollouts.vision import VisionTower
 from rollouts.volumes import (
@@ -200,9 +200,19 @@ class _Job:
         )
 
     def write_index(self) -> None:
-        """Record the keys found since the last call."""
+        """Record the keys found since the last call.
+
+        Raises:
+            CacheError: the folder is read-only or the disk full.
+        """
         if self._unsaved:
-            self.cache.index.update(self.recipe, self._unsaved)
+            try:
+                self.cache.index.update(self.recipe, self._unsaved)
+            except OSError as error:
+                raise CacheError(
+                    f"cannot write the index of {self.cache.folder} ({error.strerror or error}), by which later stages "
+                    "find volumes; make the folder writable or free space, then run again: finished volumes are kept"
+                ) from error
             self._unsaved.clear()
 
 
@@ -231,8 +241,7 @@ def _announce(
     )
     if needed > free:
         raise CacheError(
-            f"the cache needs {_size(needed)} more but {cache.folder} has {_size(free)} free; set embed.cache_dir to a "
-            "larger disk, embed.dtype=bfloat16 or float8_e4m3fn, or a coarser view (slice_stride, height, width, crop)"
+            f"the cache needs {_size(needed)} more but {cache.folder} has {_size(free)} free; {room_remedy(storage)}"
         )
     return max(1, tower.max_patches // (largest * spec.sizes.merge**2))
 

@@ -33,6 +33,14 @@ def bytes_per_token(hidden_size: int, storage: torch.dtype) -> int:
     return hidden_size * storage.itemsize + (torch.float32.itemsize if storage == FLOAT8 else 0)
 
 
+def room_remedy(storage: torch.dtype) -> str:
+    """What to do where a cache in this format does not fit."""
+    names = {torch.bfloat16: "bfloat16", FLOAT8: "float8_e4m3fn"}
+    smaller = [name for dtype, name in names.items() if dtype.itemsize < storage.itemsize]
+    formats = f"embed.dtype={' or '.join(smaller)}, " if smaller else ""
+    return f"set embed.cache_dir to a larger disk, {formats}or a coarser view (slice_stride, height, width, crop)"
+
+
 def pack(embeds_V_H: torch.Tensor, storage: torch.dtype) -> dict[str, torch.Tensor]:
     """The tensors that are stored: `embeds_V_H`, and with float8 `scale_V`, float32.
 

@@ -33,6 +33,8 @@ class Training:
     backward: Operations
     ideal_s: float
     """Of the rank with most to do, at the full rate of the hardware."""
+    volumes: int
+    """Of all forwards: one whose questions are in two micro-batches counts twice."""
 
     @property
     def whole(self) -> Operations:
@@ -59,7 +61,11 @@ class Plan:
     """Questions about each volume of the largest micro-batch."""
     memory: dict[bool, TrainerMemory]
     """By `gradient_checkpointing`, with completions of the greatest length."""
+    sft_memory: dict[bool, TrainerMemory]
+    """The same of SFT, whose forward is a volume with all its questions."""
     engine: EngineMemory
+    storage: torch.dtype
+    """Of the cache."""
     cache_bytes: int
     """Of one volume."""
     disk_free: int | None
@@ -121,20 +127,27 @@ def make_plan(config: Config, hardware: Hardware) -> Plan:
     shape = _shape(config, work, past.completion, hardware.is_gpu) if past else longest
     parts = microbatches(config, longest, math.ceil(grpo.volumes_per_step / config.ray.num_workers))
     largest = max(parts, key=lambda part: longest.forest(part).tokens)
-    memory = {
-        checkpointing: trainer_memory(
-            language,
-            config.model.lora,
-            longest.forest(largest),
-            number_bytes=hardware.number_bytes,
-            checkpointing=checkpointing,
-            reference=grpo.beta > 0,
+    memory, sft_memory = (
+        {
+            checkpointing: trainer_memory(
+                language,
+                config.model.lora,
+                forest,
+                number_bytes=hardware.number_bytes,
+                checkpointing=checkpointing,
+                reference=reference,
+            )
+            for checkpointing in (False, True)
+        }
+        for forest, reference in (
+            (longest.forest(largest), grpo.beta > 0),
+            (replace(longest, generations=1).forest([config.sft.questions_per_volume]), False),
         )
-        for checkpointing in (False, True)
-    }
+    )
     engine = engine_memory(config, language, hardware, longest, grpo.questions_per_volume)
     share, pace, said = _speed(past, hardware)
     storage = getattr(torch, hardware.dtype if config.embed.dtype == "auto" else config.embed.dtype)
+    cache_bytes = work.visual * bytes_per_token(sizes.vision.geometry.hidden_size, storage)
     return Plan(
         config=config,
         hardware=hardware,
@@ -147,9 +160,11 @@ def make_plan(config: Config, hardware: Hardware) -> Plan:
         sft=_sft(config, sizes, shape, hardware),
         microbatch=largest,
         memory=memory,
+        sft_memory=sft_memory,
         engine=engine,
-        cache_bytes=work.visual * bytes_per_token(sizes.vision.geometry.hidden_size, storage),
-        disk_free=_free(Path(config.embed.cache_dir).expanduser()),
+        storage=storage,
+        cache_bytes=cache_bytes,
+        disk_free=_free(Path(config.embed.cache_dir).expanduser(), cache_bytes),
         share=share,
         pace=pace,
         computed=_computed_share(config, past),
@@ -183,15 +198,11 @@ def microbatches(config: Config, shape: TreeShape, volumes: int) -> list[list[in
 def training(config: Config, sizes: ModelSizes, shape: TreeShape, hardware: Hardware) -> Training:
     """Every group computed: forward and backward of all iterations, one forward of the reference where there is one."""
     grpo, workers = config.grpo, config.ray.num_workers
-    ranks = [
-        _computed(
-            config,
-            sizes,
-            shape,
-            microbatches(config, shape, len(range(rank, grpo.volumes_per_step, workers))),
-        )
+    parts = [
+        microbatches(config, shape, len(range(rank, grpo.volumes_per_step, workers)))
         for rank in range(workers)
     ]
+    ranks = [_computed(config, sizes, shape, of_rank) for of_rank in parts]
     passes = [
         (there.times(grpo.num_iterations + (grpo.beta > 0)), back.times(grpo.num_iterations))
         for there, back in ranks
@@ -200,6 +211,7 @@ def training(config: Config, sizes: ModelSizes, shape: TreeShape, hardware: Hard
         sum((there for there, _ in passes), Operations()),
         sum((back for _, back in passes), Operations()),
         max((there + back).executed for there, back in passes) / hardware.flops,
+        sum(len(part) for of_rank in parts for part in of_rank),
     )
 
 
@@ -208,7 +220,7 @@ def _sft(config: Config, sizes: ModelSizes, shape: TreeShape, hardware: Hardware
     sft = config.sft
     answered = replace(shape, generations=1)
     there, back = _computed(config, sizes, answered, [[sft.questions_per_volume]] * sft.volumes_per_step)
-    return Training(there, back, (there + back).executed / hardware.flops)
+    return Training(there, back, (there + back).executed / hardware.flops, sft.volumes_per_step)
 
 
 def _computed(
@@ -226,9 +238,13 @@ def _computed(
 
 
 def _computed_share(config: Config, past: History | None) -> float:
-    """Groups without signal are not computed, but under a KL term and "bnpo" (`rl.grpo`)."""
-    skips = not config.grpo.beta and config.grpo.loss_type != "bnpo"
-    return 1 - past.without_signal if past and skips else 1.0
+    """Groups without signal are not computed, but one where there is no other, and under a KL term and "bnpo"
+    (`rl.grpo`)."""
+    grpo = config.grpo
+    if past is None or grpo.beta or grpo.loss_type == "bnpo":
+        return 1.0
+    one_a_rank = config.ray.num_workers / (grpo.volumes_per_step * grpo.questions_per_volume)
+    return min(1.0, max(1 - past.without_signal, one_a_rank))
 
 
 def _assumed_s(sampling: Sampling) -> float:
@@ -269,6 +285,8 @@ def _left_out(config: Config, hardware: Hardware) -> list[str]:
             if config.engine.enforce_eager
             else "the engine's CUDA graphs take no memory (1 to 3 GiB as a rule, also asleep)"
         )
+    if config.model.attention == "flex":
+        found.append("attention costs what SDPA per level does (model.attention=flex masks and keeps less)")
     if config.grpo.resample_rounds:
         found.append("no question is drawn again (grpo.resample_rounds)")
     if config.grpo.eval_steps:
@@ -276,9 +294,17 @@ def _left_out(config: Config, hardware: Hardware) -> list[str]:
     return found
 
 
-def _free(folder: Path) -> int | None:
-    """Bytes that a cache in this folder may have; None where neither it nor the folder above exists."""
+_HEADER = 2**12
+"""More bytes than an entry of the cache has besides its features."""
+
+
+def _free(folder: Path, entry: int) -> int | None:
+    """Bytes that a cache in this folder may have; None where neither it nor the folder above exists.
+
+    Those of entries that are there count, by their size: of another model or view it is another, as a rule.
+    """
     place = next((p for p in (folder, folder.parent) if p.is_dir()), None)
     if place is None:
         return None
-    return shutil.disk_usage(place).free + sum(f.stat().st_size for f in folder.glob("*/*.safetensors"))
+    sizes = (file.stat().st_size for file in folder.glob("*/*.safetensors"))
+    return shutil.disk_usage(place).free + sum(size for size in sizes if entry <= size <= entry + _HEADER)

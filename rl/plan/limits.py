@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from rl.plan.estimate import Plan
+from rollouts.storage import room_remedy
 
 USABLE = 0.95
 """Share of a device's memory: the rest goes to libraries and fragments."""
 
 
 def demands(plan: Plan) -> dict[str, float]:
-    """Bytes of one device (of the machine, where the CPU computes) in each phase of a GRPO step."""
-    trainer, engine = plan.memory[plan.config.model.gradient_checkpointing], plan.engine
-    ray = plan.config.ray
+    """Bytes of one device (of the machine, where the CPU computes) in SFT and in each phase of a GRPO step."""
+    checkpointing, engine = plan.config.model.gradient_checkpointing, plan.engine
+    trainer, ray = plan.memory[checkpointing], plan.config.ray
+    sft = {"SFT": plan.sft_memory[checkpointing].peak}
     if not plan.hardware.is_gpu:
         engines = ray.num_engines * engine.share
-        return {"training": ray.num_workers * trainer.peak + engines}
+        return sft | {"training": ray.num_workers * trainer.peak + engines}
     if ray.placement == "separate":
-        return {"training": trainer.peak, "sampling": engine.share}
+        return sft | {"training": trainer.peak, "sampling": engine.share}
     awake = 0.0 if plan.config.engine.sleep else engine.share
-    return {"training": trainer.peak + awake, "sampling": trainer.resident + engine.share}
+    return sft | {"training": trainer.peak + awake, "sampling": trainer.resident + engine.share}
 
 
 def limits(plan: Plan) -> list[str]:
@@ -29,15 +31,37 @@ def limits(plan: Plan) -> list[str]:
 def _memory(plan: Plan) -> list[str]:
     room = USABLE * plan.hardware.memory
     found = []
+    remedies = {
+        "SFT": _sft_remedy(plan),
+        "training": _trainer_remedy(plan),
+        "sampling": "lower engine.gpu_memory_utilization",
+    }
     for phase, needed in demands(plan).items():
         if needed > room:
-            remedy = _trainer_remedy(plan) if phase == "training" else "lower engine.gpu_memory_utilization"
-            found.append(f"memory: {phase} needs {needed / 1e9:.1f} GB of {room / 1e9:.1f} GB; {remedy}")
-    if plan.engine.sequences < plan.engine.wanted:
-        holds = f"the KV cache holds {plan.engine.sequences} of {plan.engine.wanted} sequences"
-        field = "gpu_memory_utilization" if plan.hardware.is_gpu else "kv_cache_gib"
+            of = f"{needed / 1e9:.1f} GB of {room / 1e9:.1f} GB"
+            found.append(f"memory: {phase} needs {of}; {remedies[phase]}")
+    engine = plan.engine
+    field = "gpu_memory_utilization" if plan.hardware.is_gpu else "kv_cache_gib"
+    if not engine.sequences:
+        needed = engine.weights + engine.work
+        found.append(
+            f"memory: no sequence fits into the engine's {engine.share / 1e9:.1f} GB, of which weights and activations "
+            f"need {needed / 1e9:.1f} GB; raise engine.{field}"
+        )
+    elif engine.sequences < engine.wanted:
+        holds = f"the KV cache holds {engine.sequences} of {engine.wanted} sequences"
         found.append(f"memory: {holds}; raise engine.{field} or lower engine.max_num_seqs")
     return found
+
+
+def _sft_remedy(plan: Plan) -> str:
+    model, questions = plan.config.model, plan.config.sft.questions_per_volume
+    memory = plan.sft_memory
+    if not model.gradient_checkpointing and memory[True].peak < 0.9 * memory[False].peak:
+        return "set model.gradient_checkpointing=true"
+    if questions > 1:
+        return f"lower sft.questions_per_volume ({questions})"
+    return "show less of the volume (section view)"
 
 
 def _trainer_remedy(plan: Plan) -> str:
@@ -60,23 +84,21 @@ def _disk(plan: Plan) -> list[str]:
         return []
     return [
         f"disk: the cache needs {needed / 1e9:.0f} GB and {plan.config.embed.cache_dir} has room for "
-        f"{plan.disk_free / 1e9:.0f} GB; set embed.cache_dir to a larger disk, embed.dtype=bfloat16 or float8_e4m3fn, "
-        "or a coarser view"
+        f"{plan.disk_free / 1e9:.0f} GB; {room_remedy(plan.storage)}"
     ]
 
 
 def _time(plan: Plan) -> str:
-    share = plan.rollout_s / (plan.rollout_s + plan.train_s)
-    if share > 0.5:
-        return f"rollouts: {share:.0%} of a step; more engines (ray.num_engines) or shorter completions help"
-    volume = plan.config.grpo.volumes_per_step * plan.shape.volume
-    of_tokens = (
-        volume
-        / plan.shape.forest(
-            [plan.config.grpo.questions_per_volume] * plan.config.grpo.volumes_per_step
-        ).tokens
-    )
+    """What takes longest. Parts that run at once (`grpo.overlap`) each have their share of the step."""
+    grpo, pairs = plan.config.grpo, plan.config.ray.placement == "colocate"
+    more = "more GPUs (ray.num_workers and ray.num_engines)"
+    if plan.rollout_s > plan.train_s:
+        remedy = more if pairs else "more engines (ray.num_engines)"
+        return f"rollouts: {plan.rollout_s / plan.step_s:.0%} of a step; {remedy} or shorter completions help"
+    volume = grpo.volumes_per_step * plan.shape.volume
+    tokens = plan.shape.forest([grpo.questions_per_volume] * grpo.volumes_per_step).tokens
+    remedy = more if pairs else "more workers (ray.num_workers)"
     return (
-        f"compute: training is {1 - share:.0%} of a step, and volumes are {of_tokens:.0%} of its tokens; more workers "
-        "(ray.num_workers) or a coarser view help"
+        f"compute: training is {plan.train_s / plan.step_s:.0%} of a step, and volumes are {volume / tokens:.0%} of "
+        f"its tokens; {remedy} or a coarser view help"
     )

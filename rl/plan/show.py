@@ -63,6 +63,12 @@ def _tokens(plan: Plan) -> Rows:
     )
     rows = [(name, f"{count * tokens:,}", f"{samples * tokens:,}") for name, count, tokens in parts]
     packed = sum(count * tokens for _, count, tokens in parts)
+    again = plan.training.volumes - volumes
+    if again:
+        rows.append(
+            (f"{again} volumes again, cut by max_tokens_per_microbatch", f"{again * shape.volume:,}", "")
+        )
+        packed += again * shape.volume
     padded = samples * (shape.volume + shape.question + shape.completion)
     return [*rows, ("all", f"{packed:,}", f"{padded:,} ({padded / packed:.1f} x)")]
 
@@ -107,7 +113,7 @@ def _memory(plan: Plan) -> Rows:
         alone("  its weights", engine.weights),
         alone("  its activations and logits", engine.work),
         alone(f"  its KV cache, {engine.kv_room:,.0f} tokens", engine.kv_room * engine.kv_token),
-        *(alone(f"in use while {phase}", needed) for phase, needed in demands(plan).items()),
+        *(alone(f"in use during {phase}", needed) for phase, needed in demands(plan).items()),
     ]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rl.config import ConfigError, LoraConfig
-from rl.geometry import PUBLISHED, VisionGeometry, model_config, vision_geometry
+from rl.geometry import PUBLISHED, VisionGeometry, model_config, size_of, vision_geometry
 
 UNREAD = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers that the last decoder layer computes for tokens only from which something is predicted."""
@@ -122,7 +122,8 @@ def model_sizes(model_path: str) -> ModelSizes:
     """Sizes of the model a config names.
 
     Raises:
-        ConfigError: an id that is neither a folder nor published here, or a `config.json` that lacks a size.
+        ConfigError: an id that is neither a folder nor published here, or a `config.json` that lacks a size or
+            cannot be read.
     """
     found, geometry = model_config(model_path), vision_geometry(model_path)
     if found is None or geometry is None:
@@ -135,19 +136,19 @@ def model_sizes(model_path: str) -> ModelSizes:
     tower = content["vision_config"]
     try:
         language = Language(
-            layers=text["num_hidden_layers"],
-            hidden=text["hidden_size"],
-            intermediate=text["intermediate_size"],
-            heads=text["num_attention_heads"],
-            kv_heads=text["num_key_value_heads"],
-            vocabulary=text["vocab_size"],
+            layers=size_of(text, "num_hidden_layers", origin),
+            hidden=size_of(text, "hidden_size", origin),
+            intermediate=size_of(text, "intermediate_size", origin),
+            heads=size_of(text, "num_attention_heads", origin),
+            kv_heads=size_of(text, "num_key_value_heads", origin),
+            vocabulary=size_of(text, "vocab_size", origin),
             tied=content.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
         )
         vision = Vision(
-            depth=tower["depth"],
-            hidden=tower["hidden_size"],
-            intermediate=tower["intermediate_size"],
-            window=tower["window_size"] // geometry.pixels_per_token,
+            depth=size_of(tower, "depth", origin),
+            hidden=size_of(tower, "hidden_size", origin),
+            intermediate=size_of(tower, "intermediate_size", origin),
+            window=size_of(tower, "window_size", origin) // geometry.pixels_per_token,
             full_blocks=len(tower["fullatt_block_indexes"]),
             geometry=geometry,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,13 +25,22 @@ def tokens(part: list[GroupTokens]) -> int:
 def test_every_group_is_computed_once_within_the_budget_or_alone(
     groups: list[GroupTokens], budget: int
 ) -> None:
+    """And a volume is cut only where it does not fit a part of its own."""
     parts = list(within_budget(groups, budget))
     assert [i for part in parts for i in part] == list(range(len(groups)))
+    volumes = [list(of_volume) for _, of_volume in groupby(groups, lambda group: group.volume)]
+    volume_of = [number for number, volume in enumerate(volumes) for _ in volume]
     for part, following in zip_longest(parts, parts[1:]):
         members = [groups[i] for i in part]
         assert len(part) == 1 or tokens(members) <= budget
-        if following:  # as many as fit
-            assert tokens([*members, groups[following[0]]]) > budget
+        if not following:
+            continue
+        next_volume = volumes[volume_of[following[0]]]
+        if volume_of[part[-1]] == volume_of[following[0]]:
+            assert tokens(next_volume) > budget
+            assert tokens([*members, groups[following[0]]]) > budget  # as many as fit
+        else:
+            assert tokens([*members, *next_volume]) > budget
 
 
 @given(st.integers(0, 60), st.lists(st.integers(1, 40)))

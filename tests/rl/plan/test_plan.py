@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -87,6 +88,9 @@ def test_a_volume_that_is_cut_into_two_micro_batches_is_computed_twice() -> None
     shape = TreeShape(7_900, 130, 384, 8, "sdpa")
     assert microbatches(config, shape, 1) == [[2], [2]]
     assert microbatches(recipe(), shape, 2) == [[4], [4]]
+    cut, whole = plan("grpo.max_tokens_per_microbatch=16000"), plan()
+    assert (cut.training.volumes, whole.training.volumes) == (16, 8)
+    assert cut.training.whole.needed > 1.3 * whole.training.whole.needed
 
 
 def test_decoding_is_bound_by_bandwidth_and_a_full_kv_cache_slows_it() -> None:
@@ -115,14 +119,14 @@ def test_on_a_cpu_sequences_that_are_decoded_together_share_the_calls_of_a_step(
 
 def test_the_phases_of_a_step_share_a_gpu_as_the_placement_says() -> None:
     asleep, awake = plan(), plan("engine.sleep=false")
-    trainer = asleep.memory[True]
-    assert demands(asleep) == {
+    trainer, sft = asleep.memory[True], {"SFT": asleep.sft_memory[True].peak}
+    assert demands(asleep) == sft | {
         "training": trainer.peak,
         "sampling": trainer.resident + asleep.engine.share,
     }
     assert demands(awake)["training"] == trainer.peak + awake.engine.share
     apart = plan("engine.sleep=false", "ray.placement=separate")
-    assert demands(apart) == {"training": trainer.peak, "sampling": apart.engine.share}
+    assert demands(apart) == sft | {"training": trainer.peak, "sampling": apart.engine.share}
     assert (asleep.devices, apart.devices) == (1, 2)
 
 
@@ -136,6 +140,10 @@ def test_the_phases_of_a_step_share_a_gpu_as_the_placement_says() -> None:
         (("grpo.max_tokens_per_microbatch=1",), 10, "lower grpo.num_generations"),
         (("engine.gpu_memory_utilization=1",), 141, "sampling needs 147.7 GB"),
         (("engine.gpu_memory_utilization=0.06",), 141, "memory: the KV cache holds "),
+        (("engine.gpu_memory_utilization=0.04",), 141, "no sequence fits into the engine's 5.6 GB, of which"),
+        (("ray.placement=separate", "engine.sleep=false"), 141, "more engines (ray.num_engines)"),
+        ((), 11.5, "SFT needs 11.2 GB of 10.9 GB; lower sft.questions_per_volume (16)"),
+        (("sft.questions_per_volume=62", "model.gradient_checkpointing=false"), 141, "SFT needs 13"),
     ],
 )
 def test_what_binds_is_said_with_a_remedy(overrides: tuple[str, ...], memory_gb: float, words: str) -> None:
@@ -149,11 +157,14 @@ def test_training_binds_where_engines_are_many_and_a_full_disk_before_it(
     assert limits(plan(*many))[0].startswith("compute: training is ")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("usage", (), {"free": 10**9}))
     (tmp_path / "cache" / "ab").mkdir(parents=True)
-    (tmp_path / "cache" / "ab" / "x.safetensors").write_bytes(b"0" * 1000)
+    of_another_view, entry = (tmp_path / "cache" / "ab" / f"{name}.safetensors" for name in "xy")
+    of_another_view.write_bytes(b"0" * 1000)
+    entry.touch()
+    os.truncate(entry, plan().cache_bytes + 300)
     full = plan(f"embed.cache_dir={tmp_path / 'cache'}")
     eight_bits = plan("embed.dtype=float8_e4m3fn", f"embed.cache_dir={tmp_path / 'cache'}")
     assert limits(eight_bits)[0].startswith("disk: the cache needs 128 GB and ")
-    assert full.disk_free == 10**9 + 1000
+    assert full.disk_free == 10**9 + full.cache_bytes + 300
     assert limits(full)[0].startswith("disk: the cache needs 256 GB and ")
 
 
@@ -164,6 +175,10 @@ def test_overlapped_rollouts_take_no_time_of_their_own_on_devices_of_their_own()
         parts = (planned.train_s, planned.rollout_s)
         together = overrides and planned.config.ray.placement == "separate"
         assert planned.step_s == (max(parts) if together else sum(parts))
+    assert plan("grpo.overlap=true", path=node).rollout_s > plan("grpo.overlap=true", path=node).train_s
+    assert limits(plan("grpo.overlap=true", path=node))[0].startswith(
+        "rollouts: 100% of a step; more engines"
+    )
 
 
 @pytest.mark.parametrize("reasoning", ["required", "none"])
@@ -209,6 +224,13 @@ def test_a_run_in_run_dir_says_how_long_completions_are_and_how_fast_the_machine
     )  # the same recipe again
     longer = make_plan(recipe(*given, "grpo.volumes_per_step=4", path=CONFIGS / "smoke.yaml"), cpu)
     assert longer.train_s == pytest.approx(4.0, rel=0.01)
+    groups = config.grpo.volumes_per_step * config.grpo.questions_per_volume
+    (tmp_path / "without").mkdir()
+    finished_run(tmp_path / "without", config, [(40, 1.0, 1.0, 4.0)])
+    nothing = make_plan(
+        recipe(f"run_dir={tmp_path / 'without'}", *given[1:], path=CONFIGS / "smoke.yaml"), cpu
+    )
+    assert (nothing.computed, nothing.train_s) == (1 / groups, pytest.approx(1.0))  # the one that is computed
     elsewhere = make_plan(config, replace(cpu, name="another"))
     assert (elsewhere.share, elsewhere.pace) == (SHARE, 1)
     assert elsewhere.shape.completion == 40
