@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import signal
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -41,16 +42,26 @@ class Arm:
         self._process = context.Process(target=_serve, args=(theirs, make, args, gives_back))
         self._process.start()
         theirs.close()  # or the death of the process would not be noticed
-        self._connection.recv()
+        self._receive()
 
     def ask(self, *request: Any) -> Timed:
         """Call the arm's function.
 
         Raises:
-            EOFError: the process has died; most often it was killed for the memory it took.
+            EOFError: the process was killed, most often for the memory it took.
+            SystemExit: it ended with an error, which it has printed.
         """
         self._connection.send(request)
-        return Timed(*self._connection.recv())
+        return Timed(*self._receive())
+
+    def _receive(self) -> Any:
+        try:
+            return self._connection.recv()
+        except EOFError:
+            self._process.join()
+            if self._process.exitcode == -signal.SIGKILL:
+                raise
+            raise SystemExit("an arm ended with the error above") from None
 
     def stop(self) -> None:
         """End the process."""

@@ -20,13 +20,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from middle_model import IMAGE, LANGUAGE, SLICES_AND_SIDE, build_model
-from performance_page import spread, update_page
+from performance_page import at_least, page_with, spread, update_page
 from step_arms import Work, answers, tree, tree_flops
 
 from rl.packed import PackedPolicy, pack
@@ -217,11 +216,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--size", default="3B", choices=sorted(LANGUAGE))
     parser.add_argument("--visual-tokens", type=int, default=8192, choices=sorted(SLICES_AND_SIDE))
-    parser.add_argument("--generations", type=int, default=8)
-    parser.add_argument("--completion-tokens", type=int, default=256)
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="page to bring up to date, without its ending")
+    parser.add_argument("--generations", type=at_least(1), default=8)
+    parser.add_argument("--completion-tokens", type=at_least(1), default=256)
+    parser.add_argument("--repetitions", type=at_least(1), default=5)
+    parser.add_argument("--out", type=page_with("gpu"), help="page to bring up to date, without its ending")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU is here; `--device cpu --size 35M` tries it without one")
     sizes = options.visual_tokens, options.generations, options.completion_tokens
     cell = measure(options.device, options.size, sizes, options.repetitions)
     print(section([cell]))

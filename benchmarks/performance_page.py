@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -40,6 +41,35 @@ def update_page(
     if {"train_step", "rollout_speed"} <= known.keys():
         text = _between(text, "iterations", iterations(known), path)
     write_atomically(path, text)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """For argparse: a whole number that is not below `least`."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise ArgumentTypeError(f"{text!r}: a whole number from {least} up is needed")
+        return int(text)
+
+    return number
+
+
+def page_with(benchmark: str) -> Callable[[str], Path]:
+    """For argparse: a page, without its ending, that has a section of the benchmark."""
+
+    def page(text: str) -> Path:
+        path = Path(text).with_suffix(".md")
+        if not path.is_file():
+            raise ArgumentTypeError(
+                f"{path} does not exist; docs/performance is the page to bring up to date"
+            )
+        try:
+            _between(path.read_text(), benchmark, "", path)
+        except SystemExit as error:
+            raise ArgumentTypeError(str(error)) from None
+        return Path(text)
+
+    return page
 
 
 def iterations(known: Mapping[str, Mapping[str, Any]]) -> str:

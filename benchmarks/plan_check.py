@@ -21,6 +21,7 @@ from itertools import permutations
 from pathlib import Path
 
 import torch
+from performance_page import at_least
 
 from rl.config import LoraConfig, load_config
 from rl.loss import LossInputs, LossSettings, StepTotals, grpo_loss
@@ -67,9 +68,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--visual", type=int, nargs="+", default=[512, 2000])
-    parser.add_argument("--questions", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--visual", type=at_least(1), nargs="+", default=[512, 2000])
+    parser.add_argument("--questions", type=at_least(1), nargs="+", default=[1, 4])
+    parser.add_argument("--repeats", type=at_least(1), default=3)
     options = parser.parse_args()
     if len(options.visual) * len(options.questions) < 2:
         parser.error("one workload predicts no other: give two --visual or two --questions")

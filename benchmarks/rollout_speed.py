@@ -41,7 +41,7 @@ from middle_model import (
     build_model,
     words,
 )
-from performance_page import spread, update_page
+from performance_page import at_least, page_with, spread, update_page
 
 from rl.base.model import save_base
 
@@ -213,12 +213,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--visual-tokens", type=int, default=2000, choices=sorted(SLICES_AND_SIDE))
-    parser.add_argument("--generations", type=int, default=8)
-    parser.add_argument("--volumes", type=int, default=2)
-    parser.add_argument("--questions", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--generations", type=at_least(1), default=8)
+    parser.add_argument("--volumes", type=at_least(1), default=2)
+    parser.add_argument("--questions", type=at_least(1), nargs="+", default=[1, 4])
     parser.add_argument("--caches", nargs="+", default=["on", "off"], choices=["on", "off"])
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="page to bring up to date, without its ending")
+    parser.add_argument("--repetitions", type=at_least(1), default=5)
+    parser.add_argument(
+        "--out", type=page_with("rollout_speed"), help="page to bring up to date, without its ending"
+    )
     options = parser.parse_args()
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -27,14 +27,13 @@ import argparse
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from arms import Arm, Timed
 from middle_model import SLICES_AND_SIDE, build_model
-from performance_page import spread, update_page
+from performance_page import at_least, page_with, spread, update_page
 from step_arms import Work, make_step, tree_flops
 
 BATCHES = (1, 2, 4, 8)
@@ -236,10 +235,12 @@ def main() -> None:
     parser.add_argument(
         "--visual-tokens", type=int, nargs="+", default=[2000], choices=sorted(SLICES_AND_SIDE)
     )
-    parser.add_argument("--generations", type=int, nargs="+", default=[8])
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, help="page to bring up to date, without its ending")
+    parser.add_argument("--generations", type=at_least(2), nargs="+", default=[8])
+    parser.add_argument("--repetitions", type=at_least(1), default=5)
+    parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads())
+    parser.add_argument(
+        "--out", type=page_with("train_step"), help="page to bring up to date, without its ending"
+    )
     options = parser.parse_args()
     for visual_tokens in options.visual_tokens:
         print(f"{visual_tokens} visual tokens", flush=True)

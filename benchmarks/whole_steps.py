@@ -24,7 +24,7 @@ from typing import Any
 
 from evidence import PARTS
 from middle_model import PIXELS_PER_TOKEN, SLICES_AND_SIDE, build_model
-from performance_page import spread, update_page
+from performance_page import at_least, page_with, spread, update_page
 from transformers import AutoTokenizer
 
 from rl.base.model import save_base
@@ -117,10 +117,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--visual-tokens", type=int, default=2000, choices=sorted(SLICES_AND_SIDE))
-    parser.add_argument("--generations", type=int, default=8)
-    parser.add_argument("--questions", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--steps", type=int, default=6, help="timed steps; one more is run before them")
-    parser.add_argument("--out", type=Path, help="page to bring up to date, without its ending")
+    parser.add_argument("--generations", type=at_least(2), default=8)
+    parser.add_argument("--questions", type=at_least(1), nargs="+", default=[1, 4])
+    parser.add_argument(
+        "--steps", type=at_least(1), default=6, help="timed steps; one more is run before them"
+    )
+    parser.add_argument(
+        "--out", type=page_with("whole_steps"), help="page to bring up to date, without its ending"
+    )
     options = parser.parse_args()
     with TemporaryDirectory() as name:
         folder = Path(name)

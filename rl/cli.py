@@ -126,7 +126,10 @@ def base(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None) -> No
 
 @app.command()
 def embed(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None) -> None:
-    """Put every volume through the vision tower once, into the cache on disk; what is there is checked and kept."""
+    """Put every volume through the vision tower once, into the cache on disk; what is there is checked and kept.
+
+    Several processes fill one embed.cache_dir faster, each with a run_dir of its own.
+    """
     _stage("embed", config, overrides)
 
 

@@ -107,7 +107,7 @@ def embed_examples(
     finally:
         job.write_index()
     seconds = time.monotonic() - started
-    if remaining:
+    if job.encoded:
         log(
             f"embedded {job.encoded} volumes ({job.tokens} visual tokens) in {seconds:.1f} s: "
             f"{job.encoded / seconds:.2f} volumes/s, {job.tokens / seconds:.0f} tokens/s"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
-from performance_page import update_page  # noqa: E402  (scripts are in no package)
+from arms import Arm  # noqa: E402  (scripts are in no package)
+from performance_page import at_least, page_with, update_page  # noqa: E402
 from plan_check import Measurement, worst_prediction  # noqa: E402
 
 
@@ -42,6 +45,34 @@ def test_the_page_keeps_every_cell_and_adds_up_whole_steps_once_it_has_both_part
     assert "| 4 | 60 | 720 | 12.0 |" in text
     with pytest.raises(SystemExit, match="has no lines <!-- b -->"):
         update_page(page, "b", "", {}, lambda cells: "")
+
+
+def test_arguments_are_looked_at_before_anything_is_timed(tmp_path: Path) -> None:
+    assert at_least(2)("2") == 2
+    for text in ("1", "-3", "2.5", "two"):
+        with pytest.raises(ArgumentTypeError, match=f"'{text}': a whole number from 2 up"):
+            at_least(2)(text)
+    page = tmp_path / "page"
+    with pytest.raises(ArgumentTypeError, match=r"page\.md does not exist; docs/performance is the page"):
+        page_with("gpu")(str(page))
+    page.with_suffix(".md").write_text("<!-- gpu -->\n<!-- end of gpu -->\n")
+    assert page_with("gpu")(str(page)) == page
+    with pytest.raises(ArgumentTypeError, match="has no lines <!-- train_step -->"):
+        page_with("train_step")(str(page))
+
+
+def _failing(killed: bool) -> Callable[[], None]:
+    if killed:
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise ValueError("no such arm")
+
+
+@pytest.mark.parametrize(("killed", "error"), [(True, EOFError), (False, SystemExit)])
+def test_an_arm_that_was_killed_is_told_from_one_that_failed(
+    killed: bool, error: type[BaseException]
+) -> None:
+    with pytest.raises(error):
+        Arm(_failing, killed)
 
 
 def script(name: str, *words: str | Path, codes: Sequence[int] = (0,)) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import re
 import time
@@ -9,6 +10,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from rl.config import VolumeViewConfig
 from rollouts import embed
 from rollouts.cache import CacheError, EmbeddingCache, embedding_recipe, open_store
 from rollouts.embed import EmbedError, embed_examples
+from rollouts.index import CacheIndex
 from rollouts.storage import FLOAT8, as_read
 from rollouts.vision import TowerSpec, VisionTower
 from rollouts.volumes import ViewError, read_volume, view_frames
@@ -292,6 +295,24 @@ def test_processes_that_fill_one_cache_at_once_and_one_that_is_killed_leave_whol
 def fill(base: str, folder: str, view: VolumeViewConfig, volumes: list[VolumeRef]) -> None:
     """In a process of its own: one volume at a time."""
     embed_examples(volumes, VisionTower(base, max_patches=1), EmbeddingCache(folder), view, log=quiet)
+
+
+def test_an_index_that_cannot_be_written_is_an_error_that_names_the_folder(
+    tower: VisionTower,
+    cache: EmbeddingCache,
+    view: VolumeViewConfig,
+    volumes: list[VolumeRef],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A read-only copy of a cache, whose volumes have other times than the index knows."""
+    embed_examples(volumes[:1], tower, cache, view, log=quiet)
+    (cache.folder / "index.json").unlink()
+    read_only = OSError(errno.EROFS, "Read-only file system")
+    monkeypatch.setattr(CacheIndex, "update", Mock(side_effect=read_only))
+    with pytest.raises(
+        CacheError, match=rf"index of {cache.folder} \(Read-only file system\), by which later"
+    ):
+        embed_examples(volumes[:1], tower, cache, view, log=quiet)
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(

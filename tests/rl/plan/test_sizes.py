@@ -16,6 +16,8 @@ from rl.plan.sizes import ModelSizes, model_sizes
 
 PARAMETERS = {"Qwen/Qwen2.5-VL-3B-Instruct": 3_754_622_976, "Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656}
 """As the model pages count them."""
+CONFIG = PUBLISHED["Qwen/Qwen2.5-VL-3B-Instruct"]
+VISION = CONFIG["vision_config"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -39,6 +41,26 @@ def test_the_adapter_has_the_weights_that_are_trained(
 ) -> None:
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     assert sizes.language.layers * sizes.language.lora_weights(lora) == trained
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", r" is not JSON \("),
+        ("[1]", " holds a list"),
+        ('{"vision_config": null}', "vision_config lacks out_hidden_size, patch_size"),
+        (json.dumps(CONFIG | {"num_attention_heads": "16"}), "num_attention_heads is '16'; a whole number"),
+        (json.dumps(CONFIG | {"vision_config": {**VISION, "patch_size": 0}}), "patch_size is 0; a whole"),
+        (
+            json.dumps(CONFIG | {"vision_config": {**VISION, "deepstack_visual_indexes": [5]}}),
+            r"Qwen3-VL does\), which cannot be trained here; set model\.path",
+        ),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_named_with_the_field(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=rf"model\.path: {tmp_path}/config\.json.*{words}"):
+        model_sizes(str(tmp_path))
 
 
 def test_a_model_that_cannot_be_planned_says_what_is_missing(tmp_path: Path) -> None:
