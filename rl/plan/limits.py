@@ -90,15 +90,22 @@ def _disk(plan: Plan) -> list[str]:
 
 def _time(plan: Plan) -> str:
     """What takes longest. Parts that run at once (`grpo.overlap`) each have their share of the step."""
-    grpo, pairs = plan.config.grpo, plan.config.ray.placement == "colocate"
-    more = "more GPUs (ray.num_workers and ray.num_engines)"
+    grpo, engines, workers = (
+        plan.config.grpo,
+        "more engines (ray.num_engines)",
+        "more workers (ray.num_workers)",
+    )
+    if not plan.hardware.is_gpu:
+        engines = workers = "more cores"
+    elif plan.config.ray.placement == "colocate":
+        engines = workers = "more GPUs (ray.num_workers and ray.num_engines)"
     if plan.rollout_s > plan.train_s:
-        remedy = more if pairs else "more engines (ray.num_engines)"
-        return f"rollouts: {plan.rollout_s / plan.step_s:.0%} of a step; {remedy} or shorter completions help"
+        return (
+            f"rollouts: {plan.rollout_s / plan.step_s:.0%} of a step; {engines} or shorter completions help"
+        )
     volume = grpo.volumes_per_step * plan.shape.volume
     tokens = plan.shape.forest([grpo.questions_per_volume] * grpo.volumes_per_step).tokens
-    remedy = more if pairs else "more workers (ray.num_workers)"
     return (
         f"compute: training is {plan.train_s / plan.step_s:.0%} of a step, and volumes are {volume / tokens:.0%} of "
-        f"its tokens; {remedy} or a coarser view help"
+        f"its tokens; {workers} or a coarser view help"
     )

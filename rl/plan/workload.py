@@ -14,6 +14,7 @@ from rl.config import Config
 from rl.data.boxes import parse_convention
 from rl.data.layout import SPLITS, SplitRow, question_ids, read_split, split_file
 from rl.data.nifti import read_header
+from rl.data.phantom.dataset import planned_patients
 from rl.geometry import vision_geometry, visual_grid
 from rollouts.prompts import INSTRUCTION, SYSTEM_PROMPT, question_text, volume_header
 
@@ -69,9 +70,12 @@ def workload(config: Config) -> Workload:
         ids = question_ids(config)
         assumed.append(f"every volume in {root} is asked each of {len(ids)} questions")
     else:
-        volumes, ids = dict(RELEASED), tuple(config.data.question_ids) or BENCHMARK_QUESTION_IDS
+        ids = tuple(config.data.question_ids) or BENCHMARK_QUESTION_IDS
+        phantoms = config.model.path == "builtin:base"  # which has learned nothing else
+        volumes = phantom_volumes(config) if phantoms else dict(RELEASED)
+        kind = "recipe's {:,} phantoms" if phantoms else "released {:,} volumes"
         assumed.append(
-            f"no dataset at {root}: the released {sum(volumes.values()):,} volumes x {len(ids)} questions"
+            f"no dataset at {root}: the {kind.format(sum(volumes.values()))} x {len(ids)} questions"
         )
     first = next((row for found in rows.values() for row in found), None)
     volume = _volume(config, root, first)
@@ -92,6 +96,14 @@ def workload(config: Config) -> Workload:
         volumes=volumes,
         assumed=assumed,
     )
+
+
+def phantom_volumes(config: Config) -> dict[str, int]:
+    """Volumes by split of the dataset that `reasonknee phantom` would write."""
+    return {
+        split: sum(len(knee) for patient in patients for knee in patient.knees)
+        for split, patients in planned_patients(config.phantom).items()
+    }
 
 
 def _volume(config: Config, root: Path, row: SplitRow | None) -> VolumeRef:

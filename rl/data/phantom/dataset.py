@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rewards.ontology import BENCHMARK_QUESTION_IDS, QUESTIONS
-from rl.config import Config, ConfigError
+from rl.config import Config, ConfigError, PhantomConfig
 from rl.data.layout import HEADER, SIDES, SPLITS
 from rl.data.phantom.labels import LABELS, question_labels
 from rl.data.phantom.marker import MARKER, refuse_other_data
@@ -31,6 +31,20 @@ REASONED_FILE = "train_reasoned.json"
 Item = dict[str, str]
 Progress = Callable[[int, int], None]
 """Called with (patients done, patients in all)."""
+
+
+def planned_patients(phantom: PhantomConfig) -> dict[str, list[Patient]]:
+    """The patients of every split of the dataset that these settings describe.
+
+    Raises:
+        ConfigError: settings that cannot be used.
+    """
+    counts: dict[str, int] = {
+        "train": phantom.train_patients,
+        "val": phantom.val_patients,
+        "test": phantom.test_patients,
+    }
+    return plan_patients(counts, phantom.max_visits, phantom.grades, phantom.seed)
 
 
 def write_phantom(config: Config, progress: Progress | None = None) -> Path:
@@ -47,12 +61,7 @@ def write_phantom(config: Config, progress: Progress | None = None) -> Path:
     refuse_other_data(root)
     x, y, slices = (int(n) for n in _three(phantom.shape, "shape"))
     fov_mm = _three(phantom.fov_mm, "fov_mm")
-    counts: dict[str, int] = {
-        "train": phantom.train_patients,
-        "val": phantom.val_patients,
-        "test": phantom.test_patients,
-    }
-    plans = plan_patients(counts, phantom.max_visits, phantom.grades, phantom.seed)
+    plans = planned_patients(phantom)
     questions = config.data.question_ids or list(BENCHMARK_QUESTION_IDS)
     _write_json(root / MARKER, {**dataclasses.asdict(phantom), "out_dir": ".", "question_ids": questions})
     work = partial(write_patient, root=root, shape=(x, y, slices), fov_mm=fov_mm)

@@ -18,6 +18,7 @@ from rewards.ontology import QUESTIONS
 from rewards.types import Example, Truth
 from rl.config import Config, ConfigError, load_config, save_config
 from rl.data.layout import HEADER
+from rl.data.phantom.dataset import write_phantom
 from rl.environment import describe_environment
 from rl.geometry import cache_bytes, vision_geometry
 from rl.model import load_tokenizer, resolve_model
@@ -27,7 +28,7 @@ from rl.plan.flops import TreeShape
 from rl.plan.hardware import Hardware, described, device_name, measured
 from rl.plan.limits import demands, limits
 from rl.plan.sizes import model_sizes
-from rl.plan.workload import _volume, workload
+from rl.plan.workload import _volume, phantom_volumes, workload
 from rollouts.prompts import PromptBuilder
 from rollouts.types import VolumeFeatures
 
@@ -56,9 +57,11 @@ def test_every_recipe_is_planned_without_weights_and_without_data(
     assert result.exit_code == 0, result.output
     config, geometry = load_config(path), vision_geometry(load_config(path).model.path)
     assert geometry is not None
-    assert f"{cache_bytes(config, geometry, 7_970) / 1e9:,.1f}" in result.output
+    volumes = 7_970 if path.stem.startswith("qwen") else sum(phantom_volumes(config).values())
+    cache_gb = cache_bytes(config, geometry, volumes) / 1e9
     for text in (
-        "7,970 volumes",
+        f"{volumes:,} volumes",
+        f"{cache_gb:,.1f}" if cache_gb > 1 else f"{cache_gb:.2g}",
         "training, backward",
         "trainer, peak",
         "GRPO, an epoch",
@@ -252,6 +255,16 @@ def test_the_dataset_is_counted_where_it_is(tmp_path: Path) -> None:
     assert found.volumes == {"train": 3, "test": 1}
     assert (found.questions, found.grid) == (2, (2, 14, 14))
     assert "every volume in " in found.assumed[0]
+
+
+def test_a_recipe_for_phantoms_is_planned_for_its_own_until_they_are_there(tmp_path: Path) -> None:
+    overrides = [f"phantom.{split}_patients={n}" for split, n in (("train", 3), ("val", 2), ("test", 1))]
+    config = recipe(f"data.root={tmp_path}", "phantom.max_visits=2", *overrides, path=CONFIGS / "smoke.yaml")
+    expected = workload(config)
+    assert "the recipe's " in expected.assumed[0]
+    write_phantom(config)
+    found = workload(config)
+    assert (found.volumes, found.grid) == (expected.volumes, expected.grid)
 
 
 def test_the_machine_at_hand_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
