@@ -213,12 +213,13 @@ class GRPOConfig:
     text of each grade for that grade: `rl.credit`)."""
     resample_rounds: int = 0
     """Draw other questions for groups without signal, at most this many times a step (dynamic sampling: DAPO, arXiv
-    2503.14476). `groups_drawn` in the metrics counts what was sampled for it."""
+    2503.14476). The metrics are of the groups that are kept, but for `groups_drawn` and `groups_replaced`."""
     num_iterations: int = 1
     """Optimizer passes over one batch of rollouts."""
     overlap: bool = False
     """Let the engine answer the next step's questions while this step's are trained on: faster where they share no
-    device, and one update off-policy, which the importance correction makes up for."""
+    device, and one update off-policy, which the importance correction makes up for. The first step of a run that goes
+    on from a checkpoint is on-policy."""
     temperature: float = 1.0
     max_completion_length: int = 128
     """Tokens per completion, end-of-turn token included."""

@@ -9,7 +9,7 @@ step's are trained on:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from accelerate import Accelerator
@@ -33,13 +33,19 @@ class Generation:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="generation")
         self._ahead: Future[Answered] | None = None
 
-    def draw(self, step: int, volumes: int, again: int = 0) -> Answered:
-        """What was asked ahead, as soon as it is there; else ask now. `again` counts further draws of the same step."""
+    def draw(self, step: int, volumes: int) -> Answered:
+        """What was asked ahead, as soon as it is there; else ask now."""
         if self._ahead is None:
-            return self._questions(step, volumes, again)()
+            return self._questions(step, volumes)()
         answered = self._ahead.result()
         self._ahead = None
         return answered
+
+    def draw_again(self, step: int, volumes: Sequence[int], again: int) -> Answered:
+        """Ask further questions of the same step, about so many volumes for each rank; `again` counts such draws."""
+        first = sum(volumes[: self.accelerator.process_index])
+        mine = slice(first, first + volumes[self.accelerator.process_index])
+        return self._questions(step, sum(volumes), again, mine)()
 
     def draw_ahead(self, step: int) -> None:
         """Have the questions of the coming step answered while the caller goes on."""
@@ -50,10 +56,17 @@ class Generation:
         if self._ahead is not None:
             self._ahead.result()
 
-    def _questions(self, step: int, volumes: int, again: int = 0) -> Callable[[], Answered]:
-        settings, rank = self.settings, self.accelerator.process_index
+    def finish(self) -> None:
+        """End the thread that asks ahead."""
+        self._thread.shutdown()
+
+    def _questions(
+        self, step: int, volumes: int, again: int = 0, mine: slice | None = None
+    ) -> Callable[[], Answered]:
+        settings = self.settings
         chosen = self.sampler.draw(step, volumes, settings.questions_per_volume, again)
-        indices = [i for questions in chosen[rank :: self.accelerator.num_processes] for i in questions]
+        mine = mine or slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        indices = [i for questions in chosen[mine] for i in questions]
         prompts = [self.task.prompt(i, settings.max_completion_length) for i in indices]
         seeds = [group_seed(self.seed, step, prompt.example_id) for prompt in prompts]
         sampling = Sampling(temperature=settings.temperature, max_tokens=settings.max_completion_length)

@@ -41,7 +41,7 @@ from rl.completions import (
 )
 from rl.config import Config, ConfigError
 from rl.errors import write_atomically
-from rl.generation import Generation
+from rl.generation import Answered, Generation
 from rl.loss import LossInputs, LossSettings, StepTotals, grpo_loss
 from rl.model import disable_dropout, load_policy, reference_adapter, save_adapter, trainable, weights_of
 from rl.packed import PackedBatch, pack
@@ -138,9 +138,10 @@ class GRPOTrainer:
         state = load_optimizer(checkpoint, self.optimizer, self.schedule) if checkpoint else {}
         self.first_step = int(state.get("step", 0))
         self.scorer.schedules.set(state.get("schedules", {}))
-        self.best = Best(self.folder / "best", config.compare.primary_endpoint, state.get("best", {}))
+        self.best = Best(self.folder / "best", config.compare.primary_endpoint, goes_on=bool(checkpoint))
         if self.run:
-            self.run.keep_metrics_until(self.first_step)
+            # without a checkpoint also the validation of the start is run again
+            self.run.keep_metrics_until(self.first_step or -1)
         self._publish()
         if self.first_step == 0 and self.validation:
             start = self._validate(self.validation, 0)
@@ -154,7 +155,7 @@ class GRPOTrainer:
         last = done == self.settings.max_steps
         every = self.settings.eval_steps
         validation = self.validation if every and (last or done % every == 0) else None
-        scored, drawn = self._scored_groups(step, watch)
+        scored, counts = self._scored_groups(step, watch)
         behind, self._behind = self._behind, None
         if self.settings.overlap and not last:
             self._draw_ahead(done)
@@ -166,20 +167,20 @@ class GRPOTrainer:
         if not self.settings.overlap or validation or last:
             self._publish()
             watch.lap("seconds/sync")
-        record = self._record(step, scored, {**sums, "lr": lr, "drawn": drawn}, agreement, watch)
+        record = self._record(step, scored, {**sums, "lr": lr, **counts}, agreement, watch)
         self._move_schedules(record)
         if validation:
             record |= self._validate(validation, done)
         if self.run:
             self.run.log(record)
             if done % self.settings.save_steps == 0 or last:
-                extra = {"best": self.best.state, "schedules": self.scorer.schedules.values}
+                extra = {"schedules": self.scorer.schedules.values}
                 checkpoints = self.folder / "checkpoints"
                 save_checkpoint(checkpoints, done, self.policy, self.optimizer, self.schedule, extra)
         return record
 
     def finish(self) -> Path:
-        """Close the logs. Returns the adapter folder: the best adapter by validation, else the last."""
+        """Close the logs and threads. Returns the adapter folder: the best adapter by validation, else the last."""
         if self.run:
             if self.best.state:
                 self.best.restore(self.folder / "adapter")
@@ -187,39 +188,38 @@ class GRPOTrainer:
                     self.folder / "summary.json", json.dumps({"best": self.best.state}, indent=2)
                 )
             self.run.close()
+        self.generation.finish()
         self.accelerator.wait_for_everyone()
         return self.folder / "adapter"
 
-    def _scored_groups(self, step: int, watch: Stopwatch) -> tuple[list[ScoredGroup], int]:
-        """This rank's groups of the step, and how many it has drawn for it.
+    def _scored_groups(self, step: int, watch: Stopwatch) -> tuple[list[ScoredGroup], dict[str, int]]:
+        """This rank's groups of the step; how many it has drawn for it, and how many it has replaced.
 
         With `resample_rounds`, groups without signal make room for other questions (dynamic sampling: DAPO, arXiv
         2503.14476, section 3.2); those for which there was none in time stay.
         """
         settings = self.settings
-        scored = self._draw(step, settings.volumes_per_step, watch)
-        drawn = len(scored)
-        resampled = False
+        scored = self._score(self.generation.draw(step, settings.volumes_per_step), watch)
+        drawn, replaced, resampled = len(scored), 0, False
         for again in range(1, settings.resample_rounds + 1):
-            missing = sum(gather_object([sum(not s.has_signal for s in scored)]))
-            if not missing:
+            everywhere = gather_object([{s.example_index: s.has_signal for s in scored}])
+            missing = [list(of_rank.values()).count(False) for of_rank in everywhere]
+            if not any(missing):
                 break
-            resampled = True
-            more = self._draw(step, math.ceil(missing / settings.questions_per_volume), watch, again)
-            drawn += len(more)
-            seen = {s.example_index for s in scored}
-            fresh = [s for s in more if s.has_signal and s.example_index not in seen]
-            flat = [s for s in scored if not s.has_signal]
-            scored = [s for s in scored if s.has_signal] + (fresh + flat)[: len(flat)]
+            volumes = [math.ceil(groups / settings.questions_per_volume) for groups in missing]
+            more = self._score(self.generation.draw_again(step, volumes, again), watch)
+            flat, seen = [s for s in scored if not s.has_signal], set().union(*everywhere)
+            fresh = [s for s in more if s.has_signal and s.example_index not in seen][: len(flat)]
+            drawn, replaced, resampled = drawn + len(more), replaced + len(fresh), True
+            scored = [s for s in scored if s.has_signal] + fresh + flat[len(fresh) :]
             scored.sort(key=lambda s: self.task.volume_ids[s.example_index])
         if resampled and settings.scale_rewards == "batch":
             # on every rank: by the spread of what all have kept
             scored = self.scorer.score([(s.example_index, s.group) for s in scored])
             watch.lap("seconds/reward")
-        return scored, drawn
+        return scored, {"drawn": drawn, "replaced": replaced}
 
-    def _draw(self, step: int, volumes: int, watch: Stopwatch, again: int = 0) -> list[ScoredGroup]:
-        groups = self.generation.draw(step, volumes, again)
+    def _score(self, groups: Answered, watch: Stopwatch) -> list[ScoredGroup]:
         watch.lap("seconds/rollout")
         scored = self.scorer.score(groups)
         watch.lap("seconds/reward")
@@ -386,7 +386,7 @@ class GRPOTrainer:
         record["loss"] = sum(s["loss"] for s in all_sums)
         record |= {"grad_norm": sums["grad_norm"], "lr": sums["lr"]}
         if self.settings.resample_rounds:
-            record["groups_drawn"] = sum(s["drawn"] for s in all_sums)
+            record |= {f"groups_{name}": sum(s[name] for s in all_sums) for name in ("drawn", "replaced")}
         tokens = max(1.0, sum(s["tokens"] for s in all_sums))
         for name, key in PER_TOKEN.items():
             if any(key in s for s in all_sums):

@@ -6,6 +6,7 @@ says whether GRPO optimises, this says whether the model gets better on patients
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,9 @@ MEASURES = ("balanced_accuracy", "accuracy", "iou", "strict")
 """Logged as `validation/<measure>`, beside the primary endpoint where it is another."""
 
 
+_STATE = "best.json"
+
+
 class Validation:
     """`grpo.eval_examples` questions, spread evenly over the validation split.
 
@@ -41,8 +45,8 @@ class Validation:
         count = len(self.task.examples)
         if not count:
             raise ConfigError("the validation file has no question to validate on; check data.val_file")
-        stride = max(1, count // config.grpo.eval_examples)
-        self.chosen = list(range(0, count, stride))[: config.grpo.eval_examples]
+        asked = min(count, config.grpo.eval_examples)
+        self.chosen = [i * count // asked for i in range(asked)]
         self.endpoints = tuple(dict.fromkeys([*MEASURES, config.compare.primary_endpoint]))
 
     def run(self, engine: Engine, accelerator: Accelerator) -> dict[str, float]:
@@ -64,15 +68,17 @@ class Validation:
 
 
 class Best:
-    """The best adapter so far by the primary endpoint, a copy of it in `folder`.
+    """The best adapter so far by the primary endpoint, a copy of it in `folder` with its step and value.
 
     Args:
-        state: `step` and `value` of the run that is continued; empty for a new one.
+        goes_on: whether the run is continued; what a former one has left in `folder` counts then. It may be of a later
+            step than the checkpoint, which is made again.
     """
 
-    def __init__(self, folder: Path, endpoint: str, state: dict[str, float]) -> None:
+    def __init__(self, folder: Path, endpoint: str, *, goes_on: bool) -> None:
         self.folder, self.metric = folder, f"validation/{endpoint}"
-        self.state = state
+        found = goes_on and (folder / _STATE).is_file()
+        self.state: dict[str, float] = json.loads((folder / _STATE).read_text()) if found else {}
         """`step` and `value` of the best; empty before the first validation."""
 
     def offer(self, step: int, validation: dict[str, float], adapter: Path) -> None:
@@ -88,14 +94,12 @@ class Best:
             )
         value = validation[self.metric]
         if not self.state or value > self.state["value"]:
-            _copy(adapter, self.folder)
             self.state = {"step": step, "value": value}
+            with staged_folder(self.folder) as staging:
+                shutil.copytree(adapter, staging)
+                (staging / _STATE).write_text(json.dumps(self.state))
 
     def restore(self, adapter: Path) -> None:
         """Make the best adapter the one in `adapter`."""
-        _copy(self.folder, adapter)
-
-
-def _copy(source: Path, target: Path) -> None:
-    with staged_folder(target) as staging:
-        shutil.copytree(source, staging)
+        with staged_folder(adapter) as staging:
+            shutil.copytree(self.folder, staging, ignore=shutil.ignore_patterns(_STATE))

@@ -172,7 +172,7 @@ class EmbeddingCache:
 
     def remove_abandoned(self) -> None:
         """Delete what processes that were killed while they wrote have left; the others' files are younger."""
-        for temporary in self.folder.glob("*/.*.tmp"):
+        for temporary in (*self.folder.glob("*/.*.tmp"), *self.folder.glob(".index.*.tmp")):
             # it may have become an entry, or another process may be first
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - temporary.stat().st_mtime > _ABANDONED_SECONDS:

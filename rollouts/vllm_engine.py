@@ -15,6 +15,7 @@ through the socket it would be 50.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -33,6 +34,7 @@ from rollouts.watchdog import Header, WorkerFailure, WorkerProcess
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _SWAP_SECONDS = 60.0
+_log = logging.getLogger(__name__)
 
 
 class VllmEngine:
@@ -126,6 +128,8 @@ class VllmEngine:
         try:
             reply, arrays = self._generate_once(header, buffers)
         except WorkerFailure as first:
+            self._refuse_if_closed()
+            _log.warning("generating failed and is tried again by a new engine process: %s", first)
             try:
                 reply, arrays = self._generate_once(header, buffers)
             except WorkerFailure as second:
@@ -163,7 +167,6 @@ class VllmEngine:
 
     def wait_until_ready(self) -> None:
         """Return when the engine has started. Raises EngineError when it does not."""
-        self._refuse_if_closed()
         self._started()
 
     def close(self) -> None:
@@ -185,7 +188,8 @@ class VllmEngine:
         return self._worker
 
     def _started(self) -> WorkerProcess:
-        """The running worker; a new one when the last was killed."""
+        """The running worker; a new one when the last was killed, but not by `close` in another thread."""
+        self._refuse_if_closed()
         worker = self._worker
         if worker is None or not worker.alive:
             worker = self._launch()

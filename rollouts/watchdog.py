@@ -1,8 +1,9 @@
 """A worker process under watch: it answers in time, or it is killed and the cause is told.
 
 The engine runs apart from the trainer because it can hang for ever or be killed by the operating system, and
-neither may take the trainer along. Messages are a JSON header over a socket and raw tensor bytes in shared memory (no
-pickle). The worker leads a session of its own, so that Ctrl-C reaches only the parent, and dies when the parent does.
+neither may take the trainer along. Messages are a JSON header and raw tensor bytes in shared memory, whose descriptor
+goes over a socket (no pickle). The worker leads a session of its own, so that Ctrl-C reaches only the parent, and dies
+when the parent does.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 _LOG_TAIL_BYTES = 2000
+_ALIGNMENT = 64
+"""Of the first buffer of a message."""
 _PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 
 Header = dict[str, Any]
@@ -38,26 +41,28 @@ class WorkerFailure(RuntimeError):
 
 
 def send(connection: Connection, header: Mapping[str, Any], buffers: Sequence[Buffer] = ()) -> None:
-    """One message: a JSON header, and the memory that its buffers were written into, one after the other."""
-    lengths = [len(buffer) for buffer in buffers]
-    connection.send_bytes(json.dumps({**header, "buffers": lengths}).encode())
-    if any(lengths):
-        with os.fdopen(os.memfd_create("buffers"), "wb") as shared:
-            shared.writelines(buffers)
-            shared.flush()
-            send_handle(connection, shared.fileno(), None)
+    """One message: memory that a JSON header and the buffers were written into, one after the other.
+
+    Through the socket itself go a few bytes, for which it has room: a peer that hangs does not keep the sender.
+    """
+    text = json.dumps({**header, "buffers": [len(buffer) for buffer in buffers]}).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with os.fdopen(os.memfd_create("message"), "wb") as shared:
+        shared.writelines([text, *buffers])
+        shared.flush()
+        connection.send_bytes(str(len(text)).encode())
+        send_handle(connection, shared.fileno(), None)
 
 
 def receive(connection: Connection) -> tuple[Header, list[memoryview]]:
     """The other end of `send`; the buffers are views of the shared memory. Raises EOFError when the peer is gone."""
-    header = json.loads(connection.recv_bytes())
+    start = int(connection.recv_bytes())
+    with os.fdopen(recv_handle(connection), "rb+") as shared:
+        # all pages at once: one by one they take as long as a copy
+        memory = memoryview(mmap.mmap(shared.fileno(), 0, mmap.MAP_SHARED | mmap.MAP_POPULATE))
+    header = json.loads(bytes(memory[:start]))
     lengths = header.pop("buffers")
-    memory = memoryview(bytearray())
-    if any(lengths):
-        with os.fdopen(recv_handle(connection), "rb+") as shared:
-            # all pages at once: one by one they take as long as a copy
-            memory = memoryview(mmap.mmap(shared.fileno(), 0, mmap.MAP_SHARED | mmap.MAP_POPULATE))
-    ends = list(accumulate(lengths))
+    ends = list(accumulate(lengths, initial=start))[1:]
     return header, [memory[end - length : end] for length, end in zip(lengths, ends, strict=True)]
 
 
@@ -77,7 +82,7 @@ class WorkerProcess:
         # Run by import from where this package lies, after every other path: `-m` would put the working
         # directory first, and a user's own `rollouts/` there would be imported instead.
         code = f"import sys; sys.path.append({str(_PACKAGE_ROOT)!r}); import {module} as m; m.main(*sys.argv[1:])"
-        with self._log.open("wb") as log, theirs:
+        with self._log.open("ab") as log, theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", code, str(theirs.fileno()), str(folder)],
                 env={**os.environ, **environment},
@@ -104,6 +109,9 @@ class WorkerProcess:
             send(self._connection, header, buffers)
         except OSError as error:
             raise self._failure("died") from error
+        except BaseException:  # Ctrl-C after it: the answer would be taken for that to the next request
+            self.kill()
+            raise
 
     def receive(self, timeout_s: float) -> tuple[Header, list[memoryview]]:
         """The answer to the oldest open request.

@@ -226,17 +226,20 @@ def test_groups_without_signal_make_room_for_other_questions(
     picky = f"rewards.components=[{{name: '{workshop}/variety.py:picky'}}]"
     plain, dynamic = make_trainer(picky), make_trainer(picky, rounds)
     before, _ = plain._scored_groups(1, Stopwatch())
-    after, drawn = dynamic._scored_groups(1, Stopwatch())
+    after, counts = dynamic._scored_groups(1, Stopwatch())
     flat = [s.example_index for s in before if not s.has_signal]
     kept = {s.example_index for s in before if s.has_signal}
     assert flat  # else nothing is shown here
-    assert drawn > len(before) == len(after)
+    assert counts["drawn"] > len(before) == len(after)
+    assert counts["replaced"] == len({s.example_index for s in after} - {s.example_index for s in before})
     assert kept < {s.example_index for s in after}
     assert sum(s.has_signal for s in after) > len(kept)
     assert len({s.example_index for s in after}) == len(after)
     volumes = [dynamic.task.volume_ids[s.example_index] for s in after]
     assert volumes == sorted(volumes)  # questions of a volume follow each other
-    assert make_trainer(rounds).step(0)["groups_drawn"] >= len(before)
+    record = make_trainer(rounds).step(0)
+    assert record["groups_drawn"] >= len(before)
+    assert record["groups_replaced"] == 0  # all have signal
 
 
 @pytest.mark.slow
@@ -245,8 +248,8 @@ def test_groups_of_several_draws_are_scaled_by_the_spread_of_those_that_are_kept
 ) -> None:
     picky = f"rewards.components=[{{name: '{workshop}/variety.py:picky'}}]"
     trainer = make_trainer(picky, "grpo.resample_rounds=3", "grpo.scale_rewards=batch")
-    scored, drawn = trainer._scored_groups(1, Stopwatch())
-    assert drawn > len(scored)
+    scored, counts = trainer._scored_groups(1, Stopwatch())
+    assert counts["drawn"] > len(scored)
     rewards_B_G = torch.tensor([[row.total for row in s.rows] for s in scored])
     expected = group_advantages(rewards_B_G, "batch")
     torch.testing.assert_close(torch.stack([s.advantages_G for s in scored]), expected)
@@ -535,6 +538,7 @@ def test_validation_is_the_benchmark_on_greedy_answers_and_picks_the_adapter(
         "grpo.eval_steps=2", "grpo.eval_examples=3", "grpo.max_steps=3", "grpo.num_generations=2"
     )
     adapter = train_grpo(config, engine, accelerator)
+    assert [record["step"] for record in records(config)] == [0, 1, 2, 3]
     start, first, second, last = records(config)
     names = {f"validation/{name}" for name in ("balanced_accuracy", "accuracy", "iou", "strict")}
     assert set(start) == {"step", *names, "seconds/validation"}
@@ -547,7 +551,7 @@ def test_validation_is_the_benchmark_on_greedy_answers_and_picks_the_adapter(
 
 
 def test_the_best_adapter_by_the_primary_endpoint_is_kept(tmp_path: Path) -> None:
-    best = Best(tmp_path / "best", "iou/Femur", {})
+    best = Best(tmp_path / "best", "iou/Femur", goes_on=True)
     for step, value in enumerate((0.2, 0.5, 0.5, 0.4)):
         folder = tmp_path / f"adapter-{step}"
         folder.mkdir()
@@ -555,7 +559,14 @@ def test_the_best_adapter_by_the_primary_endpoint_is_kept(tmp_path: Path) -> Non
         best.offer(step, {"validation/iou/Femur": value}, folder)
     assert best.state == {"step": 1, "value": 0.5}
     best.restore(tmp_path / "adapter-3")
+    assert [path.name for path in (tmp_path / "adapter-3").iterdir()] == ["weights"]
     assert (tmp_path / "adapter-3" / "weights").read_text() == "1"
+    # stopped before a checkpoint knew of it: a copy goes with its step and value
+    again = Best(tmp_path / "best", "iou/Femur", goes_on=True)
+    again.offer(1, {"validation/iou/Femur": 0.49}, tmp_path / "adapter-2")
+    assert again.state == best.state
+    assert (again.folder / "weights").read_text() == "1"
+    assert Best(tmp_path / "best", "iou/Femur", goes_on=False).state == {}
     with pytest.raises(ConfigError, match=r"compare\.primary_endpoint: validation/iou/Femur has no value"):
         best.offer(4, {"validation/iou": 0.5}, tmp_path / "adapter-3")
 

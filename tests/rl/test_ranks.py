@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -72,6 +73,10 @@ def test_each_rank_replaces_its_own_groups_without_signal(folder: Path) -> None:
         assert len(drawn) == 2
         assert min(drawn) >= 6
         assert max(drawn) > 6
+        assert sum(record["groups_replaced"] for record in records) > 0
+        for path in (folder / f"resampled-{ranks}" / "grpo" / "completions").iterdir():
+            samples = pl.read_parquet(path)["example_id", "sample"]
+            assert samples.is_unique().all()  # no question is trained on by both ranks
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ import torch
 
 from rollouts.requests import ModelFacts, check_request, group_seed
 from rollouts.types import NO_PICTURE, EngineError, Prompt, Sampling
-from rollouts.vllm_engine import _environment, _volume_major
+from rollouts.vllm_engine import VllmEngine, _environment, _volume_major
+from rollouts.watchdog import Header, WorkerFailure
 
 Check = Callable[..., None]
 
@@ -29,6 +30,39 @@ def check(base_folder: Path) -> Check:
         )
 
     return check
+
+
+def test_an_engine_that_is_closed_while_it_generates_is_not_started_again(
+    base_folder: Path, make_prompt: Callable[..., Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a trainer that fails while the next step's answers are on their way."""
+    started = []
+
+    class Worker:
+        alive = True
+
+        def __init__(self, *_: object) -> None:
+            started.append(self)
+
+        def send(self, *_: object) -> None:
+            pass
+
+        def receive(self, _: float) -> None:
+            pass
+
+        def request(self, header: Header, *_: object, timeout_s: float) -> None:
+            if header["op"] == "generate":
+                engine.close()
+                raise WorkerFailure("killed")
+
+        def kill(self) -> None:
+            self.alive = False
+
+    monkeypatch.setattr("rollouts.vllm_engine.WorkerProcess", Worker)
+    engine = VllmEngine(base_folder, device="cpu")
+    with pytest.raises(EngineError, match="the engine was closed"):
+        engine.generate([make_prompt(0, 0)], 1, Sampling(max_tokens=2), [0])
+    assert [worker.alive for worker in started] == [False]
 
 
 def with_embeds(prompt: Prompt, embeds: torch.Tensor) -> Prompt:

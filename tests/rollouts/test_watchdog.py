@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rollouts.watchdog import WorkerFailure, WorkerProcess
+from rollouts.watchdog import WorkerFailure, WorkerProcess, send
 
 ECHO_WORKER = """
 import os, sys, time
@@ -84,6 +84,33 @@ def test_a_hanging_worker_is_killed_after_its_time(start: Callable[[], WorkerPro
         worker.request({"op": "hang"}, timeout_s=0.2)
     assert not worker.alive
     assert not is_running(worker.pid)
+
+
+def test_a_worker_that_reads_nothing_does_not_keep_the_sender_of_a_long_message(
+    start: Callable[[], WorkerProcess],
+) -> None:
+    worker = start()
+    worker.request({"op": "echo"}, timeout_s=60)
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(WorkerFailure, match=r"no answer within 0\.2 s"):
+        worker.request({"op": "echo", "text": "x" * 3_000_000}, timeout_s=0.2)
+    assert not is_running(worker.pid)
+
+
+def test_an_interrupt_while_a_request_is_sent_ends_the_worker(
+    start: Callable[[], WorkerProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answer would be taken for that to the next request."""
+    worker = start()
+
+    def interrupted(*message: object) -> None:
+        send(*message)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rollouts.watchdog.send", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        worker.send({"op": "echo"})
+    assert not worker.alive
 
 
 def test_a_dying_workers_last_words_are_told(start: Callable[[], WorkerProcess]) -> None:
