@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from rl.pipeline import run_embed
 from rl.probe import AgreementError
 from rl.progress import StageProgress
 from rl.training import Stopwatch
-from rl.validation import Best
+from rl.validation import Best, Validation
 from rollouts.types import Engine, Group, Rollout
 
 KEYS = {
@@ -548,6 +549,19 @@ def test_validation_is_the_benchmark_on_greedy_answers_and_picks_the_adapter(
     assert summary == {"best": {"step": 0, "value": start["validation/balanced_accuracy"]}}
     for name, tensor in tensors(adapter).items():
         torch.testing.assert_close(tensor, tensors(Path(config.grpo.init_adapter))[name])
+
+
+@pytest.mark.parametrize("asked", [1, 3, 4, 1000])
+def test_validation_questions_are_spread_over_the_whole_split(
+    make_config: Callable[..., Config], asked: int
+) -> None:
+    """Of 199 questions and 100 asked, all of the first 100 would be of the first patients."""
+    validation = Validation(make_config(f"grpo.eval_examples={asked}"))
+    count = len(validation.task.examples)
+    gaps = [after - before for before, after in pairwise([*validation.chosen, count])]
+    assert len(gaps) == min(asked, count)
+    assert validation.chosen[0] == 0
+    assert max(gaps) - min(gaps) <= 1
 
 
 def test_the_best_adapter_by_the_primary_endpoint_is_kept(tmp_path: Path) -> None:
