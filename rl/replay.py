@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import polars as pl
 
@@ -11,6 +12,7 @@ from rewards.suite import RewardSuite
 from rl.choices import reasoning_of
 from rl.config import Config, ConfigError, load_config
 from rl.data.examples import load_examples
+from rl.schedule import RewardSchedules
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Replay:
 
 
 def replay(run: Path, config: Config) -> Replay:
-    """Score the completions of `run` under the suite of `config`.
+    """Score the completions of `run` under the suite of `config`, whose scheduled parameters move as they would have.
 
     Raises:
         ConfigError: no completions there, or one whose question the run's data no longer hold.
@@ -52,22 +54,29 @@ def replay(run: Path, config: Config) -> Replay:
     examples = load_examples(trained, "train")
     position = {example_id: i for i, example_id in enumerate(examples.column("example_id"))}
     suite = RewardSuite.from_config(config.rewards, reasoning=reasoning_of(trained))
+    schedules = RewardSchedules(config.rewards, suite)
     rows = []
-    for (step, example_id), group in saved.group_by("step", "example_id", maintain_order=True):
-        if example_id not in position:
-            raise ConfigError(
-                f"{run}: example {example_id} is not in {trained.data.root}; was the dataset changed?"
-            )
-        scored = suite.score_group(examples[position[example_id]], group["completion"].to_list())
-        for saved_row, row in zip(group.iter_rows(named=True), scored, strict=True):
-            rows.append(
-                {
-                    "step": step,
-                    "example_id": example_id,
-                    "sample": saved_row["sample"],
-                    "reward": saved_row["reward"],
-                    "replayed": row.total,
-                    **{f"replayed/{name}": score for name, score in row.components.items()},
-                }
-            )
+    for (step,), of_step in saved.group_by("step", maintain_order=True):
+        scores: dict[str, list[float]] = {}
+        for (example_id,), group in of_step.group_by("example_id", maintain_order=True):
+            if example_id not in position:
+                raise ConfigError(
+                    f"{run}: example {example_id} is not in {trained.data.root}; was the dataset changed?"
+                )
+            scored = suite.score_group(examples[position[example_id]], group["completion"].to_list())
+            for saved_row, row in zip(group.iter_rows(named=True), scored, strict=True):
+                rows.append(
+                    {
+                        "step": step,
+                        "example_id": example_id,
+                        "sample": saved_row["sample"],
+                        "reward": saved_row["reward"],
+                        "replayed": row.total,
+                        **{f"replayed/{name}": score for name, score in row.components.items()},
+                    }
+                )
+                for name, score in row.components.items():
+                    if score is not None:
+                        scores.setdefault(f"reward/{name}", []).append(score)
+        schedules.set(schedules.after_step({name: mean(found) for name, found in scores.items()}))
     return Replay(pl.DataFrame(rows, infer_schema_length=None))

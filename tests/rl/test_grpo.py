@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from rewards import format_answer
 from rl.advantages import group_advantages, normalized_sum
 from rl.completions import ScoredGroup, microbatches
-from rl.config import Config, ConfigError
+from rl.config import Config, ConfigError, save_config
 from rl.credit import token_parts
 from rl.engine import start_engine
 from rl.grpo import GRPOTrainer, train_grpo
@@ -28,6 +28,7 @@ from rl.model import reference_adapter, trainable
 from rl.pipeline import run_embed
 from rl.probe import AgreementError
 from rl.progress import StageProgress
+from rl.replay import replay
 from rl.training import Stopwatch
 from rl.validation import Best, Validation
 from rollouts.types import Engine, Group, Rollout
@@ -599,6 +600,9 @@ def test_a_scheduled_parameter_rises_with_the_score_and_outlives_a_restart(
     assert restarted.scorer.schedules.values == pytest.approx({"variety": 0.1})
     unmoved = restarted.scorer.schedules.after_step({"reward/variety": 0.01})
     assert unmoved == restarted.scorer.schedules.values
+    save_config(config, Path(config.run_dir) / "config.yaml")
+    table = replay(Path(config.run_dir), config).table
+    assert table["replayed"].to_list() == table["reward"].to_list()  # moved as it did
 
 
 def test_the_prior_is_what_the_same_questions_pay_for_answering_blind(make_trainer: MakeTrainer) -> None:
