@@ -590,14 +590,14 @@ def test_the_best_adapter_by_the_primary_endpoint_is_kept(tmp_path: Path) -> Non
 def test_a_scheduled_parameter_rises_with_the_score_and_outlives_a_restart(
     make_config: Callable[..., Config], workshop: Path, engine: Engine, accelerator: Accelerator
 ) -> None:
-    schedule = "schedule: {parameter: bar, to: 0.1, by: 0.08, above: 0.01}"
+    schedule = "schedule: {parameter: bar, to: 0.9, by: 0.45, above: 0.01}"
     component = f"{{name: '{workshop}/variety.py:variety', params: {{bar: 0}}, {schedule}}}"
     config = make_config(f"rewards.components=[{component}, {{name: box_iou_threshold}}]", "grpo.max_steps=4")
     trainer = GRPOTrainer(config, engine, accelerator)
-    assert [trainer.step(step)["schedule/variety"] for step in range(3)] == pytest.approx([0, 0.08, 0.1])
+    assert [trainer.step(step)["schedule/variety"] for step in range(3)] == pytest.approx([0, 0.45, 0.9])
     restarted = GRPOTrainer(config, engine, accelerator)
     assert restarted.first_step == 3
-    assert restarted.scorer.schedules.values == pytest.approx({"variety": 0.1})
+    assert restarted.scorer.schedules.values == pytest.approx({"variety": 0.9})
     unmoved = restarted.scorer.schedules.after_step({"reward/variety": 0.01})
     assert unmoved == restarted.scorer.schedules.values
     save_config(config, Path(config.run_dir) / "config.yaml")
