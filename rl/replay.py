@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import polars as pl
 
@@ -55,9 +57,9 @@ def replay(run: Path, config: Config) -> Replay:
     position = {example_id: i for i, example_id in enumerate(examples.column("example_id"))}
     suite = RewardSuite.from_config(config.rewards, reasoning=reasoning_of(trained))
     schedules = RewardSchedules(config.rewards, suite)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for (step,), of_step in saved.group_by("step", maintain_order=True):
-        scores: dict[str, list[float]] = {}
+        first = len(rows)
         for (example_id,), group in of_step.group_by("example_id", maintain_order=True):
             if example_id not in position:
                 raise ConfigError(
@@ -75,8 +77,14 @@ def replay(run: Path, config: Config) -> Replay:
                         **{f"replayed/{name}": score for name, score in row.components.items()},
                     }
                 )
-                for name, score in row.components.items():
-                    if score is not None:
-                        scores.setdefault(f"reward/{name}", []).append(score)
-        schedules.set(schedules.after_step({name: mean(found) for name, found in scores.items()}))
+        schedules.set(schedules.after_step(_means(rows[first:], suite.names)))
     return Replay(pl.DataFrame(rows, infer_schema_length=None))
+
+
+def _means(rows: Sequence[Mapping[str, Any]], components: Sequence[str]) -> dict[str, float]:
+    """`reward/<name>` of each component that applied, as a step's metrics have it."""
+    scores = {
+        f"reward/{name}": [row[f"replayed/{name}"] for row in rows if row[f"replayed/{name}"] is not None]
+        for name in components
+    }
+    return {name: mean(found) for name, found in scores.items() if found}

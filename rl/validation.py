@@ -26,8 +26,6 @@ from rollouts.types import Engine
 
 MEASURES = ("balanced_accuracy", "accuracy", "iou", "strict")
 """Logged as `validation/<measure>`, beside the primary endpoint where it is another."""
-
-
 _STATE = "best.json"
 
 

@@ -13,11 +13,11 @@ from rl.config import Config, load_config
 from rl.environment import AUTO_ATTENTION
 from rl.microbatch import GroupTokens, within_budget
 from rl.plan.engine import EngineMemory, Sampling, engine_memory, sampling
-from rl.plan.flops import Operations, TreeShape, backward, forward, vision
+from rl.plan.flops import Forest, Operations, TreeShape, backward, forward, vision
 from rl.plan.hardware import Hardware
 from rl.plan.history import History, history
 from rl.plan.memory import TrainerMemory, trainer_memory
-from rl.plan.sizes import ModelSizes, model_sizes
+from rl.plan.sizes import Language, ModelSizes, model_sizes
 from rl.plan.workload import Workload, workload
 from rollouts.storage import bytes_per_token
 
@@ -127,23 +127,7 @@ def make_plan(config: Config, hardware: Hardware) -> Plan:
     shape = _shape(config, work, past.completion, hardware.is_gpu) if past else longest
     parts = microbatches(config, longest, math.ceil(grpo.volumes_per_step / config.ray.num_workers))
     largest = max(parts, key=lambda part: longest.forest(part).tokens)
-    memory, sft_memory = (
-        {
-            checkpointing: trainer_memory(
-                language,
-                config.model.lora,
-                forest,
-                number_bytes=hardware.number_bytes,
-                checkpointing=checkpointing,
-                reference=reference,
-            )
-            for checkpointing in (False, True)
-        }
-        for forest, reference in (
-            (longest.forest(largest), grpo.beta > 0),
-            (replace(longest, generations=1).forest([config.sft.questions_per_volume]), False),
-        )
-    )
+    answered_once = replace(longest, generations=1).forest([config.sft.questions_per_volume])
     engine = engine_memory(config, language, hardware, longest, grpo.questions_per_volume)
     share, pace, said = _speed(past, hardware)
     storage = getattr(torch, hardware.dtype if config.embed.dtype == "auto" else config.embed.dtype)
@@ -159,8 +143,8 @@ def make_plan(config: Config, hardware: Hardware) -> Plan:
         sampling=sampling(config, language, hardware, shape, engine),
         sft=_sft(config, sizes, shape, hardware),
         microbatch=largest,
-        memory=memory,
-        sft_memory=sft_memory,
+        memory=_memory(config, language, hardware, longest.forest(largest), reference=grpo.beta > 0),
+        sft_memory=_memory(config, language, hardware, answered_once, reference=False),
         engine=engine,
         storage=storage,
         cache_bytes=cache_bytes,
@@ -170,6 +154,23 @@ def make_plan(config: Config, hardware: Hardware) -> Plan:
         computed=_computed_share(config, past),
         assumed=[*work.assumed, *said, *_left_out(config, hardware)],
     )
+
+
+def _memory(
+    config: Config, language: Language, hardware: Hardware, forest: Forest, *, reference: bool
+) -> dict[bool, TrainerMemory]:
+    """Of a training process whose largest micro-batch is `forest`, by `gradient_checkpointing`."""
+    return {
+        checkpointing: trainer_memory(
+            language,
+            config.model.lora,
+            forest,
+            number_bytes=hardware.number_bytes,
+            checkpointing=checkpointing,
+            reference=reference,
+        )
+        for checkpointing in (False, True)
+    }
 
 
 def _shape(config: Config, work: Workload, completion: float, is_gpu: bool) -> TreeShape:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from rl.plan.estimate import Plan
+from rl.plan.memory import TrainerMemory
 from rollouts.storage import room_remedy
 
 USABLE = 0.95
 """Share of a device's memory: the rest goes to libraries and fragments."""
+_CHECKPOINTING = "set model.gradient_checkpointing=true"
+_LESS = "show less of the volume (section view)"
 
 
 def demands(plan: Plan) -> dict[str, float]:
@@ -55,27 +58,24 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _sft_remedy(plan: Plan) -> str:
-    model, questions = plan.config.model, plan.config.sft.questions_per_volume
-    memory = plan.sft_memory
-    if not model.gradient_checkpointing and memory[True].peak < 0.9 * memory[False].peak:
-        return "set model.gradient_checkpointing=true"
-    if questions > 1:
-        return f"lower sft.questions_per_volume ({questions})"
-    return "show less of the volume (section view)"
+    questions = plan.config.sft.questions_per_volume
+    if _checkpointing_helps(plan, plan.sft_memory):
+        return _CHECKPOINTING
+    return f"lower sft.questions_per_volume ({questions})" if questions > 1 else _LESS
 
 
 def _trainer_remedy(plan: Plan) -> str:
-    model, grpo = plan.config.model, plan.config.grpo
-    memory = plan.memory[model.gradient_checkpointing]
     if plan.hardware.is_gpu and plan.config.ray.placement == "colocate" and not plan.config.engine.sleep:
         return "set engine.sleep=true, or ray.placement=separate"
-    if not model.gradient_checkpointing and plan.memory[True].peak < 0.9 * memory.peak:
-        return "set model.gradient_checkpointing=true"
+    if _checkpointing_helps(plan, plan.memory):
+        return _CHECKPOINTING
     if sum(plan.microbatch) > 1:
-        return f"lower grpo.max_tokens_per_microbatch ({grpo.max_tokens_per_microbatch})"
-    return (
-        "lower grpo.num_generations or grpo.max_completion_length, or show less of the volume (section view)"
-    )
+        return f"lower grpo.max_tokens_per_microbatch ({plan.config.grpo.max_tokens_per_microbatch})"
+    return f"lower grpo.num_generations or grpo.max_completion_length, or {_LESS}"
+
+
+def _checkpointing_helps(plan: Plan, memory: dict[bool, TrainerMemory]) -> bool:
+    return not plan.config.model.gradient_checkpointing and memory[True].peak < 0.9 * memory[False].peak
 
 
 def _disk(plan: Plan) -> list[str]:
@@ -90,11 +90,8 @@ def _disk(plan: Plan) -> list[str]:
 
 def _time(plan: Plan) -> str:
     """What takes longest. Parts that run at once (`grpo.overlap`) each have their share of the step."""
-    grpo, engines, workers = (
-        plan.config.grpo,
-        "more engines (ray.num_engines)",
-        "more workers (ray.num_workers)",
-    )
+    grpo = plan.config.grpo
+    engines, workers = "more engines (ray.num_engines)", "more workers (ray.num_workers)"
     if not plan.hardware.is_gpu:
         engines = workers = "more cores"
     elif plan.config.ray.placement == "colocate":
